@@ -1,0 +1,72 @@
+"""`kvstore bench`: runs one suite, prints its metrics, and writes them as JSON on request.
+
+JSON = {"environment": {...}, "metrics": {dotted.name: number}}. Metrics named `*_vs_*` are ratios of two things
+measured in turn in the same run; the thing behind `vs` is the anchor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvstore.bench import environment
+from kvstore.errors import KVStoreError
+
+SUITES: dict[str, tuple[tuple[str, ...], str]] = {
+    "tiers": (
+        ("kvstore.bench.tiers_dram", "kvstore.bench.tiers_nvme"),
+        "the dram and nvme tiers against memcpy and plain O_DIRECT",
+    ),
+    "service": (("kvstore.bench.service",), "the daemon against memcpy and a bare socket"),
+    "ttft": (
+        ("kvstore.bench.ttft",),
+        "time to first token, cold against warm, on a model of 0.5B geometry (needs the torch extra)",
+    ),
+}
+"""Suite -> modules with `measure(directory, quick) -> {metric: number}`, and what it measures."""
+
+
+class BenchError(KVStoreError):
+    """A benchmark cannot run here; says what it needs."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `kvstore bench ARGV`; answers the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="kvstore bench", description="Storage and service benchmarks.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "suite", choices=sorted(SUITES), help="; ".join(f"{name}: {text}" for name, (_, text) in SUITES.items())
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="also write environment and metrics here; - for standard output only"
+    )
+    parser.add_argument(
+        "--dir", metavar="DIR", help="where test files go (the disk under test); default: a new one here"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes and few rounds: shows that it runs, not how fast"
+    )
+    arguments = parser.parse_args(argv)
+    modules, _ = SUITES[arguments.suite]
+    metrics: dict[str, float] = {}
+    # Not the system's temporary directory: that is often memory, and this measures a disk.
+    with tempfile.TemporaryDirectory(prefix=".kvstore-bench-", dir=arguments.dir or ".") as directory:
+        for name in modules:
+            module = importlib.import_module(name)
+            metrics |= module.measure(Path(directory).resolve(), arguments.quick)
+    report = {"environment": environment.describe(), "metrics": dict(sorted(metrics.items()))}
+    if arguments.json == "-":
+        json.dump(report, sys.stdout, indent=2)
+        return 0
+    for name, value in sorted(metrics.items()):
+        print(f"{name:48s} {value:12.4g}")
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
+        print(f"written to {arguments.json}")
+    return 0

@@ -1,0 +1,131 @@
+"""The one interface to a store, embedded or remote; `kvstore.connect` makes one.
+
+Blocking and safe to use from many threads. Once connected, no verb raises because of the store: a daemon that died, a
+full disk, a corrupt chunk are outcomes (`Miss`, `PutStatus`), so that an engine recomputes and goes on. What raises is
+the caller's mistake (a key of 31 bytes, a negative deadline).
+
+`kvstore.aio.AsyncClient` is the same interface for asyncio.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import msgspec
+
+from kvstore.codec import LayerSegments
+from kvstore.container import Header
+from kvstore.keys import ROOT
+from kvstore.outcome import Lookup, Miss, PutStatus
+
+Order = Literal["chunk", "layer"]
+
+DEADLINE_MS_DEFAULT = 30_000
+"""No operation waits for ever: what is not there by then is a miss with reason deadline."""
+
+
+class PutChunk(msgspec.Struct, frozen=True):
+    """A chunk to store. `write(buffer) -> nbytes` writes its container into a buffer of at least `nbytes_max` bytes.
+
+    The buffer is wherever the bytes go next (the arena itself, shared memory, a socket's buffer), so a container is
+    written once. `write` may be called from the caller's thread only, at most once, and not at all if the key is there.
+    """
+
+    key: bytes
+    nbytes_max: int
+    write: Callable[[memoryview], int]
+    parent: bytes = ROOT
+
+
+class Part(msgspec.Struct, frozen=True):
+    """One step of a fetch: a miss, or one or more layer groups of one chunk.
+
+    `index` is the position in the list of keys. Without a miss, `header` is the chunk's and `groups` are the segments
+    of each layer group in this part, ready for `Codec.decode`; their views are valid until the next step of the fetch.
+    The header's hash has been verified; the segments' hashes are `decode`'s to check.
+    """
+
+    index: int
+    miss: Miss | None = None
+    header: Header | None = None
+    groups: tuple[LayerSegments, ...] = ()
+
+
+class ChunkInfo(msgspec.Struct, frozen=True):
+    """What is known of a stored chunk without reading it: container bytes, the tiers that hold it (fastest first)."""
+
+    nbytes: int
+    tiers: tuple[str, ...]
+
+
+class Client(ABC):
+    """A store, near or far. See the module's text for what every verb promises.
+
+    Keys are 32 bytes. `deadline_ms` counts from the call; None means DEADLINE_MS_DEFAULT.
+    """
+
+    @abstractmethod
+    def put(
+        self, chunks: Sequence[PutChunk], *, durable: bool = False, deadline_ms: float | None = None
+    ) -> list[PutStatus]:
+        """Store chunks; one status each. With `durable`, answer only when they would survive kill -9."""
+
+    @abstractmethod
+    def lookup(self, keys: Sequence[bytes]) -> Lookup:
+        """Longest prefix of the chain `keys` that can be fetched now, walked from the first; counts as no use."""
+
+    @abstractmethod
+    def fetch(
+        self, keys: Sequence[bytes], *, order: Order = "chunk", deadline_ms: float | None = None
+    ) -> Iterator[Part]:
+        """Iterate over the chunks' parts.
+
+        With order "chunk" every chunk is one part, in the order of `keys`. With order "layer" every part is one layer
+        group, group by group over all chunks, so that the first layers of all chunks come first. A chunk that misses
+        has exactly one part with a miss, after which it has no more. What is left at the deadline misses with reason
+        deadline. Closing the iterator early releases everything.
+        """
+
+    @abstractmethod
+    def head(self, keys: Sequence[bytes]) -> list[ChunkInfo | None]:
+        """Size and tiers of each chunk, None where there is none."""
+
+    @abstractmethod
+    def prefetch(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
+        """Ask for promotion to the fastest tier and return at once; `stored` is True where it is there or queued."""
+
+    @abstractmethod
+    def pin(self, keys: Sequence[bytes], *, ttl_seconds: float) -> list[bool]:
+        """Keep chunks from eviction for a while, in every tier that holds them. True where there was one."""
+
+    @abstractmethod
+    def unpin(self, keys: Sequence[bytes]) -> list[bool]:
+        """End pins. True where there was a pinned chunk."""
+
+    @abstractmethod
+    def delete(self, keys: Sequence[bytes]) -> list[bool]:
+        """Remove chunks from every tier. True where there was one."""
+
+    @abstractmethod
+    def stats(self) -> dict[str, Any]:
+        """Counters and usage of the store and of each tier; JSON types only. {} if the store does not answer."""
+
+    @abstractmethod
+    def flush(self, *, deadline_ms: float | None = None) -> bool:
+        """Wait until everything put so far is as durable as the store makes it; False if it did not get there in time.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything. Idempotent."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

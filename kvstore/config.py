@@ -1,0 +1,184 @@
+"""Settings: what there is to set, and where each value came from.
+
+TOML file < environment (`KVSTORE_SERVICE__PORT=9000`; `__` nests) < command-line flags. Unknown names are refused with
+the nearest valid one. `kvstore config show` prints the result and each value's origin. docs/configuration.md lists
+every field; a test compares.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import msgspec
+
+from kvstore.errors import ConfigError
+from kvstore.sizes import parse_bytes
+from kvstore.store import StoreSettings
+
+ENV_PREFIX = "KVSTORE_"
+_ENV_NOT_SETTINGS = {"KVSTORE_KERNELS", "KVSTORE_CONFIG"}
+
+
+class TierConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One tier, `[tiers.NAME]`. Tiers are used in the order they are written, fastest first.
+
+    `kind` is the NAME unless given. `capacity` is the hard bound, e.g. "8GiB". `path` is the directory of a tier that
+    has one. `options` go to the tier as they are.
+    """
+
+    capacity: str | int
+    kind: str = ""
+    path: str = ""
+    options: dict[str, Any] = {}
+
+
+class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The daemon, `[service]`.
+
+    `port` 0 lets the system choose; -1 turns TCP off. `socket` is the UNIX socket; "" turns it off. With `token_file`
+    every TCP request needs `Authorization: Bearer <token>`.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8650
+    socket: str = ""
+    token_file: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    request_bytes_max: str | int = "1GiB"
+    request_keys_max: int = 65536
+    inflight_max: int = 64
+    session_staging_bytes_max: str | int = "256MiB"
+    lease_ttl_seconds: float = 30.0
+    stop_seconds_max: float = 10.0
+
+    def __post_init__(self) -> None:
+        parse_bytes(self.request_bytes_max, "service.request_bytes_max")
+        parse_bytes(self.session_staging_bytes_max, "service.session_staging_bytes_max")
+        if not -1 <= self.port <= 65535:
+            raise ConfigError(f"service.port is {self.port}; it must be in -1..65535")
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ConfigError("service.tls_cert and service.tls_key are needed together")
+        for field in ("request_keys_max", "inflight_max", "lease_ttl_seconds", "stop_seconds_max"):
+            if not getattr(self, field) > 0:
+                raise ConfigError(f"service.{field} is {getattr(self, field)}; it must be positive")
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything there is to set."""
+
+    tiers: dict[str, TierConfig] = {}
+    store: StoreSettings = StoreSettings()
+    service: ServiceConfig = ServiceConfig()
+    log_level: str = "INFO"
+
+    def __post_init__(self) -> None:
+        levels = ("DEBUG", "INFO", "WARNING", "ERROR")
+        if self.log_level not in levels:
+            raise ConfigError(f"log_level is {self.log_level!r}; use one of {', '.join(levels)}")
+
+
+class Settings:
+    """Layers of raw values, later ones over earlier ones, and each value's origin."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Any] = {}
+        self.origins: dict[str, str] = {}
+
+    def add_file(self, path: str | os.PathLike[str]) -> None:
+        """Add a TOML file. Raises ConfigError if it cannot be read or parsed."""
+        try:
+            with Path(path).open("rb") as file:
+                self.add(tomllib.load(file), str(path))
+        except OSError as error:
+            raise ConfigError(f"configuration file {path}: {error.strerror}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"configuration file {path}: {error}") from error
+
+    def add_environment(self, environment: Mapping[str, str]) -> None:
+        """Add `KVSTORE_…` variables."""
+        for name, value in sorted(environment.items()):
+            if name.startswith(ENV_PREFIX) and name not in _ENV_NOT_SETTINGS:
+                self.add_value(name.removeprefix(ENV_PREFIX).lower().split("__"), value, f"environment {name}")
+
+    def add_value(self, path: Iterable[str], value: Any, origin: str) -> None:
+        """Add one value by its path."""
+        nested = value
+        for name in reversed(list(path)):
+            nested = {name: nested}
+        self.add(nested, origin)
+
+    def add(self, values: Mapping[str, Any], origin: str) -> None:
+        """Add a nested mapping."""
+        _merge(self._values, values, origin, self.origins, ())
+
+    def resolve(self) -> Config:
+        """The validated configuration. Raises ConfigError naming the field and the remedy."""
+        _check_names(self._values, Config, (), self.origins)
+        try:
+            return msgspec.convert(self._values, Config, strict=False)
+        except msgspec.ValidationError as error:
+            cause = error.__cause__
+            if isinstance(cause, ConfigError):
+                raise cause from error
+            raise ConfigError(f"configuration: {error}") from error
+
+
+def load(
+    path: str | None = None, *, environment: Mapping[str, str] | None = None, flags: Mapping[str, Any] | None = None
+) -> tuple[Config, dict[str, str]]:
+    """The configuration and the origin of every value that is not a default."""
+    settings = Settings()
+    environment = os.environ if environment is None else environment
+    path = path or environment.get("KVSTORE_CONFIG")
+    if path:
+        settings.add_file(path)
+    settings.add_environment(environment)
+    for name, value in (flags or {}).items():
+        settings.add_value(name.split("."), value, "flag")
+    return settings.resolve(), settings.origins
+
+
+def unknown_name(kind: str, name: str, valid: Iterable[str], origin: str = "") -> ConfigError:
+    """The error for a name that does not exist, with the nearest that does."""
+    valid = sorted(valid)
+    near = difflib.get_close_matches(name.rpartition(".")[2], valid, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"valid are: {', '.join(valid)}"
+    return ConfigError(f"unknown {kind} {name!r}{f' ({origin})' if origin else ''}; {hint}")
+
+
+def _merge(
+    into: dict[str, Any], values: Mapping[str, Any], origin: str, origins: dict[str, str], path: tuple[str, ...]
+) -> None:
+    for name, value in values.items():
+        here = (*path, name)
+        if isinstance(value, Mapping):
+            child = into.setdefault(name, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"{'.'.join(here)} is a value in one place and a table in another ({origin})")
+            _merge(child, value, origin, origins, here)
+        else:
+            into[name] = value
+            origins[".".join(here)] = origin
+
+
+def _check_names(values: Mapping[str, Any], struct: Any, path: tuple[str, ...], origins: Mapping[str, str]) -> None:
+    hints = get_type_hints(struct)
+    for name, value in values.items():
+        dotted = ".".join((*path, name))
+        if name not in hints:
+            origin = next((o for key, o in origins.items() if key == dotted or key.startswith(dotted + ".")), "")
+            raise unknown_name("setting", dotted, hints, origin)
+        if not isinstance(value, Mapping):
+            continue
+        if struct is Config and name == "tiers":
+            for tier, fields in value.items():
+                if isinstance(fields, Mapping):
+                    _check_names(fields, TierConfig, (*path, name, tier), origins)
+        elif isinstance(hints[name], type) and issubclass(hints[name], msgspec.Struct):
+            _check_names(value, hints[name], (*path, name), origins)

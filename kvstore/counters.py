@@ -1,0 +1,33 @@
+"""Counts of what a store did, by name and label. Cheap enough for every chunk; read by stats and metrics."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+
+
+class Counters:
+    """Monotonic counts. A name is a metric's name without prefix; the label is a tier, a reason, or ""."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: defaultdict[tuple[str, str], int] = defaultdict(int)
+
+    def add(self, name: str, label: str = "", amount: int = 1) -> None:
+        """Count."""
+        with self._lock:
+            self._counts[name, label] += amount
+
+    def get(self, name: str, label: str = "") -> int:
+        """The count so far."""
+        with self._lock:
+            return self._counts.get((name, label), 0)
+
+    def snapshot(self) -> dict[str, dict[str, int]]:
+        """All counts as {name: {label: count}}."""
+        with self._lock:
+            items = sorted(self._counts.items())
+        result: dict[str, dict[str, int]] = {}
+        for (name, label), count in items:
+            result.setdefault(name, {})[label] = count
+        return result

@@ -1,0 +1,87 @@
+"""The client of a store in the same process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from kvstore.client import ChunkInfo, Client, Order, Part, PutChunk
+from kvstore.fetching import Step
+from kvstore.outcome import Lookup, PutStatus
+from kvstore.store import PendingPut, Store, deadline_at
+
+
+class EmbeddedClient(Client):
+    """Verbs of `store` as a Client; containers are written into and read from its memory in place.
+
+    Args:
+        store: the store; closed with the client.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def put(
+        self, chunks: Sequence[PutChunk], *, durable: bool = False, deadline_ms: float | None = None
+    ) -> list[PutStatus]:
+        deadline = deadline_at(deadline_ms)
+        pending: list[PendingPut] = []
+        for chunk in chunks:
+            place = self.store.reserve(chunk.key, chunk.nbytes_max, parent=chunk.parent, durable=durable)
+            if isinstance(place, PutStatus):
+                pending.append(place)
+                continue
+            try:
+                nbytes = chunk.write(place.view)
+            except BaseException:
+                place.abort()
+                raise
+            pending.append(
+                self.store.publish(place, chunk.key, chunk.parent, nbytes, durable=durable, deadline=deadline)
+            )
+        return [self.store.settle(status, deadline) for status in pending]
+
+    def lookup(self, keys: Sequence[bytes]) -> Lookup:
+        return self.store.lookup(keys)
+
+    def fetch(
+        self, keys: Sequence[bytes], *, order: Order = "chunk", deadline_ms: float | None = None
+    ) -> Iterator[Part]:
+        steps = self.store.fetch(keys, order=order, deadline_ms=deadline_ms)
+        try:
+            for step in steps:
+                yield _part(step)
+        finally:
+            steps.close()
+
+    def head(self, keys: Sequence[bytes]) -> list[ChunkInfo | None]:
+        return self.store.head(keys)
+
+    def prefetch(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
+        return self.store.prefetch(keys, deadline_ms=deadline_ms)
+
+    def pin(self, keys: Sequence[bytes], *, ttl_seconds: float) -> list[bool]:
+        return self.store.pin(keys, ttl_seconds=ttl_seconds)
+
+    def unpin(self, keys: Sequence[bytes]) -> list[bool]:
+        return self.store.unpin(keys)
+
+    def delete(self, keys: Sequence[bytes]) -> list[bool]:
+        return self.store.delete(keys)
+
+    def stats(self) -> dict[str, Any]:
+        return self.store.stats()
+
+    def flush(self, *, deadline_ms: float | None = None) -> bool:
+        return self.store.flush(deadline_ms=deadline_ms)
+
+    def close(self) -> None:
+        self.store.close()
+
+
+def _part(step: Step) -> Part:
+    groups = tuple(
+        [(segment, step.view[segment.offset : segment.offset + segment.length]) for segment in group]
+        for group in step.groups
+    )
+    return Part(step.index, step.miss, step.header, groups)

@@ -1,0 +1,226 @@
+"""Fetch in layer order: the first layers of all chunks, then the next layers of all chunks, and so on.
+
+Chunks in memory are leased. The others are read straight into their place in memory, one layer group of all chunks at a
+time, the next group while the caller consumes this one. Each segment is verified before it is handed on, and a chunk is
+published for other readers once it is whole.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+
+from kvstore import container
+from kvstore.container import Header, Segment
+from kvstore.errors import ContainerError
+from kvstore.fetching import Step
+from kvstore.loan import Loan
+from kvstore.outcome import Miss
+from kvstore.promotion import ABSENT, LATE, Place, Promoter
+from kvstore.tier import IO_ALIGN, ReadItem, Tier
+
+HEAD_READ_BYTES = 16 * 1024
+"""First read of a chunk that is not in memory; a longer header takes a second read."""
+
+
+class _Load:
+    """One chunk of the fetch: its bytes are lent (`loan`), or being read from `tier` into `place`."""
+
+    __slots__ = ("groups", "header", "index", "key", "leads", "loan", "place", "tier")
+
+    def __init__(self, index: int, key: bytes) -> None:
+        self.index = index
+        self.key = key
+        self.loan: Loan | None = None
+        self.place: Place | None = None
+        self.tier: Tier | None = None
+        self.header: Header | None = None
+        self.groups: list[tuple[Segment, ...]] = []
+        self.leads = False
+
+    @property
+    def view(self) -> memoryview:
+        """The chunk's bytes, as far as they are there."""
+        if self.loan is not None:
+            return self.loan.view
+        assert self.place is not None
+        return self.place.view.toreadonly()
+
+    def accept_header(self) -> None:
+        """Parse the header out of the bytes that are there. Raises ContainerError."""
+        self.header = container.parse(self.view)
+        container.expect(self.header, key=self.key)
+        self.groups = self.header.groups()
+
+    def step(self, round_index: int) -> Step:
+        """What to tell the caller about one layer group."""
+        return Step(
+            self.index,
+            None,
+            self.header,
+            (self.groups[round_index],),
+            self.view,
+            self.loan.offset if self.loan is not None else None,
+            self.loan.tier if self.loan is not None else "",
+            round_index == 0,
+            round_index == len(self.groups) - 1,
+        )
+
+
+class LayerFetch:
+    """One fetch in layer order. `steps` is used once.
+
+    Args:
+        promoter: where chunks are leased, placed and read from.
+        movers: threads for the reads.
+        keys: chunks wanted.
+        deadline: time.monotonic seconds; what has not been read by then is a miss.
+    """
+
+    def __init__(self, promoter: Promoter, movers: Executor, keys: Sequence[bytes], *, deadline: float) -> None:
+        self._promoter = promoter
+        self._movers = movers
+        self._deadline = deadline
+        self._loads = [_Load(index, key) for index, key in enumerate(keys)]
+
+    def steps(self) -> Iterator[Step]:
+        """The steps; closing the iterator releases everything."""
+        reading: Future[dict[int, Miss]] | None = None
+        try:
+            misses = self._open()
+            active = self._loads
+            round_index = 0
+            while active:
+                for load in active:
+                    if load.index in misses:
+                        self._end(load, misses[load.index])
+                        yield Step(load.index, misses[load.index])
+                active = [load for load in active if load.index not in misses]
+                if reading is None:
+                    reading = self._movers.submit(self._read_round, active, round_index)
+                misses = self._wait(reading, active)
+                arrived = [load for load in active if load.index not in misses]
+                further = [load for load in arrived if len(load.groups) > round_index + 1]
+                reading = self._movers.submit(self._read_round, further, round_index + 1) if further else None
+                for load in arrived:
+                    yield load.step(round_index)
+                    if load not in further:
+                        self._finish(load)
+                active = further + [load for load in active if load.index in misses]
+                round_index += 1
+        finally:
+            # A read that still runs writes into places that must not be given back under it.
+            if reading is not None and not reading.done():
+                reading.add_done_callback(lambda _: self._end_all())
+            else:
+                self._end_all()
+
+    def _wait(self, reading: Future[dict[int, Miss]], active: list[_Load]) -> dict[int, Miss]:
+        try:
+            return reading.result(timeout=max(0.0, self._deadline - time.monotonic()))
+        except FutureTimeoutError:
+            return {load.index: LATE for load in active}
+
+    def _open(self) -> dict[int, Miss]:
+        """Find every chunk: lease it, or place it and read its header. Answers the misses."""
+        misses: dict[int, Miss] = {}
+        for load in self._loads:
+            outcome = self._find(load)
+            if outcome is not None:
+                misses[load.index] = outcome
+        for tier in self._promoter.lower:
+            self._read_heads(tier, [load for load in self._loads if load.tier is tier], misses)
+        for load in self._loads:
+            if load.loan is not None:
+                try:
+                    load.accept_header()
+                except ContainerError as error:
+                    misses[load.index] = Miss(error.reason, error.detail)
+        return misses
+
+    def _find(self, load: _Load) -> Miss | None:
+        load.loan = self._promoter.lease(load.key)
+        if load.loan is not None:
+            return None
+        for tier in self._promoter.lower:
+            (nbytes,) = tier.sizes([load.key])
+            if nbytes is None:
+                continue
+            # A chunk that someone else is reading is not waited for: two fetches could wait for each other. Its slot is
+            # taken, so ours is a transient buffer.
+            load.leads = self._promoter.board(load.key)[1]
+            place = self._promoter.place(load.key, nbytes, deadline=self._deadline)
+            if isinstance(place, Miss):
+                return place
+            if isinstance(place, Loan):
+                load.loan = place
+            else:
+                load.place, load.tier = place, tier
+            return None
+        return ABSENT
+
+    def _read_heads(self, tier: Tier, loads: list[_Load], misses: dict[int, Miss]) -> None:
+        reads = [_read_item(load, 0, HEAD_READ_BYTES) for load in loads]
+        for load, outcome in zip(loads, tier.read(reads), strict=True):
+            if isinstance(outcome, Miss):
+                misses[load.index] = outcome
+                continue
+            try:
+                header_bytes = container.peek_header_bytes(load.view)
+                if header_bytes > HEAD_READ_BYTES:
+                    (more,) = tier.read([_read_item(load, 0, header_bytes)])
+                    if isinstance(more, Miss):
+                        misses[load.index] = more
+                        continue
+                load.accept_header()
+            except ContainerError as error:
+                misses[load.index] = self._promoter.quarantine(tier, load.key, error)
+
+    def _read_round(self, loads: list[_Load], round_index: int) -> dict[int, Miss]:
+        """Read and verify one layer group of every chunk that is not lent; answers the misses."""
+        misses: dict[int, Miss] = {}
+        for tier in self._promoter.lower:
+            owners: list[tuple[_Load, Segment]] = []
+            for load in loads:
+                if load.tier is tier:
+                    owners += [(load, segment) for segment in load.groups[round_index]]
+            reads = [_read_item(load, segment.offset, segment.offset + segment.length) for load, segment in owners]
+            for (load, segment), outcome in zip(owners, tier.read(reads), strict=True):
+                if isinstance(outcome, Miss):
+                    misses[load.index] = outcome
+                    continue
+                try:
+                    container.check_segment(segment, load.view[segment.offset : segment.offset + segment.length])
+                except ContainerError as error:
+                    misses[load.index] = self._promoter.quarantine(tier, load.key, error)
+        return misses
+
+    def _finish(self, load: _Load) -> None:
+        """A chunk has been consumed whole: publish it if we have read it, and end."""
+        if load.place is not None and load.tier is not None:
+            self._promoter.hit(load.tier, load.place.nbytes)
+            load.loan, load.place = load.place.publish(), None
+        self._end(load, None)
+
+    def _end(self, load: _Load, miss: Miss | None) -> None:
+        if load.loan is not None:
+            load.loan.release()
+        if load.place is not None:
+            load.place.abort()
+        if load.leads:
+            self._promoter.land(load.key, miss)
+        load.loan, load.place, load.leads = None, None, False
+
+    def _end_all(self) -> None:
+        for load in self._loads:
+            self._end(load, None)
+
+
+def _read_item(load: _Load, start: int, stop: int) -> ReadItem:
+    """The read of bytes start..stop of a chunk into their place, widened to what direct I/O wants."""
+    assert load.place is not None
+    start = start // IO_ALIGN * IO_ALIGN
+    stop = min(container.align(stop, IO_ALIGN), len(load.place.padded))
+    return ReadItem(load.key, load.place.padded[start:stop], start)

@@ -1,0 +1,234 @@
+"""Getting chunks into memory: leases on what is there, verified reads of what lies below, each chunk read once.
+
+Concurrent readers of one chunk share a single flight: the first reads it from the lower tier into a slot of the memory
+tier, the others wait for it and lease the result. Bytes are verified, every segment, before they are published; what
+fails is removed from the tier it came from (quarantine) and the next lower tier is asked.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import cast
+
+from kvstore import container
+from kvstore.counters import Counters
+from kvstore.errors import ContainerError
+from kvstore.loan import Loan, TransientBuffer, TransientPool
+from kvstore.outcome import Miss, PutStatus, Reason
+from kvstore.tier import ReadItem, Slot, SupportsLease, Tier
+
+_log = logging.getLogger(__name__)
+
+ROUNDS_MAX = 4
+"""A chunk may be evicted between its promotion and our lease; after this many tries it is a miss (busy)."""
+
+ABSENT = Miss(Reason.ABSENT, "no tier holds the key")
+LATE = Miss(Reason.DEADLINE, "not loaded by the deadline")
+
+
+class Flight:
+    """One chunk being read by one thread. `miss` is set if it could not be."""
+
+    __slots__ = ("done", "miss")
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.miss: Miss | None = None
+
+
+class Place:
+    """Where a chunk is read to: a slot in the memory tier, or a transient buffer when the tier has no room for it."""
+
+    __slots__ = ("_buffer", "_slot", "_tier", "nbytes")
+
+    def __init__(self, tier: str, nbytes: int, slot: Slot | None, buffer: TransientBuffer | None) -> None:
+        self._tier = tier
+        self._slot = slot
+        self._buffer = buffer
+        self.nbytes = nbytes
+
+    @property
+    def view(self) -> memoryview:
+        """Writable bytes of the chunk's size."""
+        return self._holder.view
+
+    @property
+    def padded(self) -> memoryview:
+        """`view` and its padding, for direct I/O."""
+        return self._holder.padded
+
+    def publish(self, nbytes: int | None = None) -> Loan:
+        """Make the first `nbytes` (default all) a loan, visible to other readers if they are in a slot."""
+        nbytes = self.nbytes if nbytes is None else nbytes
+        if self._slot is not None:
+            lease = self._slot.commit(nbytes)
+            return Loan(lease.view, self._tier, lease, lease.offset)
+        buffer = cast(TransientBuffer, self._buffer)
+        return Loan(buffer.view[:nbytes], self._tier, buffer)
+
+    def abort(self) -> None:
+        """Give the place back unpublished."""
+        if self._slot is not None:
+            self._slot.abort()
+        else:
+            cast(TransientBuffer, self._buffer).release()
+
+    @property
+    def _holder(self) -> Slot | TransientBuffer:
+        return self._slot if self._slot is not None else cast(TransientBuffer, self._buffer)
+
+
+class Promoter:
+    """Lends chunks out of `memory`, reading them from `lower` (fastest first) when they are not there.
+
+    Args:
+        memory: the addressable tier, or None if the store has none (every loan is then transient).
+        lower: the other tiers.
+        transient: budget for chunks that memory cannot take.
+        counters: gets hits and hit_bytes (label: tier the bytes came from), quarantined (label: reason).
+    """
+
+    def __init__(
+        self, memory: Tier | None, lower: Sequence[Tier], transient: TransientPool, counters: Counters
+    ) -> None:
+        self.memory = memory
+        self.lower = lower
+        self._leases = cast(SupportsLease, memory) if memory is not None else None
+        self._transient = transient
+        self._counters = counters
+        self._lock = threading.Lock()
+        self._flights: dict[bytes, Flight] = {}
+
+    def lease(self, key: bytes) -> Loan | None:
+        """A loan on a chunk in memory, None if it is not there."""
+        if self._leases is None or self.memory is None:
+            return None
+        lease = self._leases.lease(key)
+        if isinstance(lease, Miss):
+            return None
+        self._counters.add("hits", self.memory.name)
+        self._counters.add("hit_bytes", self.memory.name, len(lease.view))
+        return Loan(lease.view, self.memory.name, lease, lease.offset)
+
+    def borrow(self, keys: Sequence[bytes], *, deadline: float) -> list[Loan | Miss]:
+        """A loan or a miss for every key. Blocks for reads of lower tiers and for flights of others, until `deadline`.
+        """
+        results: list[Loan | Miss | None] = [None] * len(keys)
+        todo = list(range(len(keys)))
+        for _ in range(ROUNDS_MAX):
+            lead: list[int] = []
+            wait: list[tuple[int, Flight]] = []
+            for index in todo:
+                results[index] = self.lease(keys[index])
+                if results[index] is None:
+                    flight, leads = self.board(keys[index])
+                    lead.append(index) if leads else wait.append((index, flight))
+            if lead:
+                for index, outcome in zip(lead, self._load([keys[i] for i in lead], deadline), strict=True):
+                    results[index] = outcome
+            todo = []
+            for index, flight in wait:
+                if not flight.done.wait(max(0.0, deadline - time.monotonic())):
+                    results[index] = LATE
+                elif flight.miss is not None:
+                    results[index] = flight.miss
+                else:
+                    todo.append(index)
+            if not todo:
+                break
+        busy = Miss(Reason.BUSY, "evicted again and again before it could be leased")
+        return [busy if result is None else result for result in results]
+
+    def board(self, key: bytes) -> tuple[Flight, bool]:
+        """The flight of a key, and whether the caller leads it (and so must `land` it)."""
+        with self._lock:
+            flight = self._flights.get(key)
+            if flight is not None:
+                return flight, False
+            flight = self._flights[key] = Flight()
+            return flight, True
+
+    def land(self, key: bytes, miss: Miss | None) -> None:
+        """End a flight that the caller leads."""
+        with self._lock:
+            flight = self._flights.pop(key)
+        flight.miss = miss
+        flight.done.set()
+
+    def place(self, key: bytes, nbytes: int, *, deadline: float) -> Place | Loan | Miss:
+        """Where to read a chunk to; a loan if it has meanwhile appeared in memory; a miss if there is no room."""
+        if self._leases is not None and self.memory is not None:
+            slot = self._leases.reserve(key, nbytes)
+            if not isinstance(slot, PutStatus):
+                return Place(self.memory.name, nbytes, slot, None)
+            if slot.existed and (loan := self.lease(key)) is not None:
+                return loan
+        buffer = self._transient.take(nbytes, deadline=deadline)
+        if buffer is None:
+            return Miss(Reason.FULL, f"no room for {nbytes} bytes in memory")
+        return Place("transient", nbytes, None, buffer)
+
+    def quarantine(self, tier: Tier, key: bytes, error: ContainerError) -> Miss:
+        """Remove a bad chunk from the tier it came from; answers the miss to report."""
+        tier.delete([key])
+        self._counters.add("quarantined", str(error.reason))
+        _log.warning("chunk %s in tier %s is bad and was removed: %s", key.hex()[:12], tier.name, error)
+        return Miss(error.reason, error.detail)
+
+    def hit(self, tier: Tier, nbytes: int) -> None:
+        """Count a chunk read from a lower tier."""
+        self._counters.add("hits", tier.name)
+        self._counters.add("hit_bytes", tier.name, nbytes)
+
+    def _load(self, keys: list[bytes], deadline: float) -> list[Loan | Miss]:
+        """Read chunks whose flights this thread leads; lands every flight."""
+        results: dict[bytes, Loan | Miss] = dict.fromkeys(keys, ABSENT)
+        landed: set[bytes] = set()
+        try:
+            for tier in self.lower:
+                wanted = [key for key, result in results.items() if isinstance(result, Miss)]
+                if wanted:
+                    results.update(self._load_from(tier, wanted, deadline))
+            for key, result in results.items():
+                self.land(key, result if isinstance(result, Miss) else None)
+                landed.add(key)
+        finally:
+            for key in results.keys() - landed:
+                self.land(key, Miss(Reason.IO_ERROR, "the reader failed"))
+        return [results[key] for key in keys]
+
+    def _load_from(self, tier: Tier, keys: list[bytes], deadline: float) -> dict[bytes, Loan | Miss]:
+        results: dict[bytes, Loan | Miss] = {}
+        places: dict[bytes, Place] = {}
+        for key, nbytes in zip(keys, tier.sizes(keys), strict=True):
+            if nbytes is None:
+                continue
+            place = self.place(key, nbytes, deadline=deadline)
+            if isinstance(place, Place):
+                places[key] = place
+            else:
+                results[key] = place
+        try:
+            outcomes = tier.read([ReadItem(key, place.padded) for key, place in places.items()])
+            for (key, place), outcome in zip(list(places.items()), outcomes, strict=True):
+                results[key] = self._admit(tier, key, place, outcome)
+                del places[key]
+        finally:
+            for place in places.values():
+                place.abort()
+        return results
+
+    def _admit(self, tier: Tier, key: bytes, place: Place, outcome: int | Miss) -> Loan | Miss:
+        if isinstance(outcome, Miss):
+            place.abort()
+            return outcome
+        try:
+            container.verify(place.view, key=key)
+        except ContainerError as error:
+            place.abort()
+            return self.quarantine(tier, key, error)
+        self.hit(tier, place.nbytes)
+        return place.publish()
