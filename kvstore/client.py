@@ -84,9 +84,9 @@ class Client(ABC):
         """Iterate over the chunks' parts.
 
         With order "chunk" every chunk is one part, in the order of `keys`. With order "layer" every part is one layer
-        group, group by group over all chunks, so that the first layers of all chunks come first. A chunk that misses
-        has exactly one part with a miss, after which it has no more. What is left at the deadline misses with reason
-        deadline. Closing the iterator early releases everything.
+        group, group by group over all chunks of a window (`store.fetch_window_bytes`), so that the first layers of all
+        of them come first. A chunk that misses has exactly one part with a miss, after which it has no more. What is
+        left at the deadline misses with reason deadline. Closing the iterator early releases everything.
         """
 
     @abstractmethod
@@ -115,8 +115,7 @@ class Client(ABC):
 
     @abstractmethod
     def flush(self, *, deadline_ms: float | None = None) -> bool:
-        """Wait until everything put so far is as durable as the store makes it; False if it did not get there in time.
-        """
+        """Wait until everything put so far is as durable as the store makes it; False if not by the deadline."""
 
     @abstractmethod
     def close(self) -> None:

@@ -22,7 +22,9 @@ from typing import ClassVar
 import msgspec
 
 from kvstore.container import Segment
+from kvstore.errors import ContainerError
 from kvstore.keys import ROOT
+from kvstore.outcome import Reason
 from kvstore.spec import KVArrays, KVSpec
 
 LAYER_GROUP_BYTES = 1 << 20
@@ -69,10 +71,15 @@ class Codec(ABC):
     profile: bytes = ROOT
     """Name of the calibrated profile this instance writes with; zeros for none."""
 
+    def __init__(self, profile: bytes = ROOT) -> None:
+        if profile != ROOT:
+            raise ContainerError(
+                Reason.UNKNOWN_PROFILE, f"codec {self.id} has no profiles, asked for {profile.hex()[:12]}"
+            )
+
     @abstractmethod
     def plan(self, spec: KVSpec, tokens: int) -> tuple[SegmentPlan, ...]:
-        """Segments of a chunk, ordered by (level, layer, part). Raises CodecError if the codec cannot serve the spec.
-        """
+        """Segments of a chunk, ordered by (level, layer, part). Raises CodecError if it cannot serve the spec."""
 
     @abstractmethod
     def encode(self, plan: SegmentPlan, arrays: KVArrays, spec: KVSpec, target: memoryview) -> Encoded:

@@ -44,6 +44,9 @@ token count, spec bytes, first position, reserved (zero)."""
 ENTRY = struct.Struct("<BBHHHQQQ16s")
 """level, part, layer start, layer stop, reserved (zero), offset, length, XXH3-64, encoding parameters."""
 
+NO_PARAMS = bytes(16)
+"""Encoding parameters of a codec that has none."""
+
 HASH = struct.Struct("<Q")
 HEADER_BYTES_MAX = FIXED.size + SPEC_BYTES_MAX + SEGMENTS_MAX * ENTRY.size + HASH.size
 
@@ -70,7 +73,7 @@ class Segment(msgspec.Struct, frozen=True):
     offset: int
     length: int
     xxh3: int
-    params: bytes = bytes(16)
+    params: bytes = NO_PARAMS
 
     @property
     def layers(self) -> tuple[int, int]:
@@ -99,6 +102,8 @@ class ChunkMeta(msgspec.Struct, frozen=True, kw_only=True):
                 raise SpecError(f"ChunkMeta.{field} has {len(getattr(self, field))} bytes; it must have {KEY_BYTES}")
         if not 1 <= self.tokens <= CHUNK_TOKENS_MAX:
             raise SpecError(f"ChunkMeta.tokens is {self.tokens}; it must be in 1..{CHUNK_TOKENS_MAX}")
+        if not 0 <= self.first_position < 1 << 63:
+            raise SpecError(f"ChunkMeta.first_position is {self.first_position}; it must be in 0..2**63-1")
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -159,6 +164,14 @@ class ContainerWriter:
     ) -> None:
         if segment_count > SEGMENTS_MAX:
             raise SpecError(f"{segment_count} segments; a container has at most {SEGMENTS_MAX}")
+        if len(meta.spec.to_json()) > SPEC_BYTES_MAX:
+            raise SpecError(
+                f"the KVSpec takes more than {SPEC_BYTES_MAX} bytes of JSON; it has too many rope parameters"
+            )
+        if not (codec.isascii() and 1 <= len(codec) <= CODEC_ID_BYTES) or "\0" in codec:
+            raise SpecError(f"codec id {codec!r} is not 1 to {CODEC_ID_BYTES} ASCII characters")
+        if len(profile) != KEY_BYTES:
+            raise SpecError(f"profile id has {len(profile)} bytes; it must have {KEY_BYTES}")
         self._buffer = buffer
         self._meta = meta
         self._codec = codec
@@ -176,8 +189,14 @@ class ContainerWriter:
     ) -> None:
         """Record that `nbytes` at `tail(level)` are the next segment and hash to `xxh3`."""
         start = self._start(level)
+        if start + nbytes > len(self._buffer):
+            raise SpecError(f"a segment ends at byte {start + nbytes} of a buffer of {len(self._buffer)}")
+        if len(params) > len(NO_PARAMS):
+            raise SpecError(f"encoding parameters have {len(params)} bytes; at most {len(NO_PARAMS)}")
         self._buffer[self._end : start] = bytes(start - self._end)
-        self._segments.append(Segment(level, part, layers[0], layers[1], start, nbytes, xxh3, params.ljust(16, b"\0")))
+        self._segments.append(
+            Segment(level, part, layers[0], layers[1], start, nbytes, xxh3, params.ljust(len(NO_PARAMS), b"\0"))
+        )
         self._end = start + nbytes
 
     def finish(self) -> int:
@@ -309,7 +328,7 @@ def _parse_table(table: memoryview, count: int, spec: KVSpec, end: int, total_by
             _require((level, start, part) > order, "segments are not in order of level, layer, part")
             order = (level, start, part)
         segments.append(Segment(level, part, start, stop, offset, length, xxh3, params))
-    _require(end == total_bytes or not count, "bytes after the last segment")
+    _require(end == total_bytes, "bytes after the last segment")
     return tuple(segments)
 
 

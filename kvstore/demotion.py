@@ -8,11 +8,13 @@ copy.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections import OrderedDict
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from kvstore.counters import Counters
 from kvstore.loan import Loan
@@ -79,7 +81,7 @@ class WriteBehind:
             self._changed.notify_all()
         return demotion.done
 
-    def cancel(self, key: bytes) -> None:
+    def cancel(self, key: bytes, *, deadline: float) -> None:
         """Forget a waiting chunk; wait for one that is being written, so that a delete after this finds it."""
         with self._changed:
             waiting = self._waiting.pop(key, None)
@@ -94,7 +96,8 @@ class WriteBehind:
                 PutStatus(stored=False, reason=Reason.ABSENT, detail="deleted before it was written")
             )
         if writing is not None:
-            writing.done.exception()
+            with contextlib.suppress(FutureTimeoutError):
+                writing.done.exception(timeout=max(0.0, deadline - time.monotonic()))
 
     def flush(self, *, deadline: float) -> bool:
         """Wait until what was queued before this call is written; False if not by the deadline."""
@@ -103,7 +106,7 @@ class WriteBehind:
         for demotion in pending:
             try:
                 demotion.done.exception(timeout=max(0.0, deadline - time.monotonic()))
-            except TimeoutError:
+            except FutureTimeoutError:
                 return False
         return True
 

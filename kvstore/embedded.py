@@ -8,7 +8,9 @@ from typing import Any
 from kvstore.client import ChunkInfo, Client, Order, Part, PutChunk
 from kvstore.fetching import Step
 from kvstore.outcome import Lookup, PutStatus
-from kvstore.store import PendingPut, Store, deadline_at
+from kvstore.promotion import Place
+from kvstore.putting import PendingPut
+from kvstore.store import Store, deadline_at
 
 
 class EmbeddedClient(Client):
@@ -28,7 +30,7 @@ class EmbeddedClient(Client):
         pending: list[PendingPut] = []
         for chunk in chunks:
             place = self.store.reserve(chunk.key, chunk.nbytes_max, parent=chunk.parent, durable=durable)
-            if isinstance(place, PutStatus):
+            if not isinstance(place, Place):
                 pending.append(place)
                 continue
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
@@ -18,7 +18,7 @@ from kvstore.outcome import Miss
 from kvstore.promotion import LATE, Promoter
 
 WINDOWS_AHEAD = 2
-"""Windows of a fetch in flight at once: one being consumed, one being read."""
+"""Windows of a fetch started at once: one being consumed, one being read."""
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -47,54 +47,70 @@ def chunk_steps(
     *,
     window_bytes: int,
     deadline: float,
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Every chunk as one step, in order; the next window of chunks is read while the caller consumes this one."""
-    windows = iter(_windows(keys, sizes(keys), window_bytes))
-    ahead: deque[tuple[list[int], Future[list[Loan | Miss]]]] = deque()
-
-    def start_next() -> None:
-        window = next(windows, None)
-        if window is not None:
-            wanted = [keys[index] for index in window]
-            ahead.append((window, movers.submit(promoter.borrow, wanted, deadline=deadline)))
-
+    waiting = windows(keys, sizes(keys), window_bytes)
+    started: deque[_Window] = deque()
     try:
-        first = next(windows, None)
-        if first is None:
-            return
-        # The first window is read by the caller's own thread: what is in memory is answered without a thread hop.
-        borrowed: list[Loan | Miss] = promoter.borrow([keys[i] for i in first], deadline=deadline)
-        window = first
         while True:
-            while len(ahead) < WINDOWS_AHEAD - 1:
-                before = len(ahead)
-                start_next()
-                if len(ahead) == before:
-                    break
-            yield from _consume(window, borrowed)
-            if not ahead:
+            while len(started) < WINDOWS_AHEAD and (indices := next(waiting, None)) is not None:
+                started.append(_Window(promoter, movers, indices, keys, deadline))
+            if not started:
                 return
-            window, future = ahead.popleft()
-            borrowed = _wait(future, len(window), deadline)
+            yield from started[0].steps()
+            started.popleft()
     finally:
-        for _, future in ahead:
-            future.add_done_callback(_release_all)
+        for window in started:
+            window.release()
 
 
-def _consume(window: list[int], borrowed: list[Loan | Miss]) -> Iterator[Step]:
-    done = 0
-    try:
-        for index, outcome in zip(window, borrowed, strict=True):
-            done += 1
+class _Window:
+    """Consecutive chunks of a fetch. What is in memory is leased at once, without a thread hop; movers read others."""
+
+    def __init__(
+        self, promoter: Promoter, movers: Executor, indices: list[int], keys: Sequence[bytes], deadline: float
+    ) -> None:
+        self._deadline = deadline
+        self._outcomes: dict[int, Loan | Miss] = {}
+        self._indices = indices
+        for index in indices:
+            loan = promoter.lease(keys[index])
+            if loan is not None:
+                self._outcomes[index] = loan
+        self._rest = [index for index in indices if index not in self._outcomes]
+        wanted = [keys[index] for index in self._rest]
+        self._reading = movers.submit(promoter.borrow, wanted, deadline=deadline) if wanted else None
+
+    def steps(self) -> Iterator[Step]:
+        """One step a chunk; each loan ends when the caller asks for the next step."""
+        for index in self._indices:
+            if index not in self._outcomes:
+                self._collect()
+            outcome = self._outcomes.pop(index)
             if isinstance(outcome, Miss):
                 yield Step(index, outcome)
-                continue
-            with outcome:
-                yield _whole(index, outcome)
-    finally:
-        for outcome in borrowed[done:]:
+            else:
+                with outcome:
+                    yield _whole(index, outcome)
+
+    def release(self) -> None:
+        """Give back everything that was not consumed, now or once it has been read."""
+        for outcome in self._outcomes.values():
             if isinstance(outcome, Loan):
                 outcome.release()
+        self._outcomes.clear()
+        if self._reading is not None:
+            self._reading.add_done_callback(_release_all)
+
+    def _collect(self) -> None:
+        assert self._reading is not None
+        try:
+            outcomes = self._reading.result(timeout=max(0.0, self._deadline - time.monotonic()))
+        except FutureTimeoutError:
+            self._reading.add_done_callback(_release_all)
+            outcomes = [LATE] * len(self._rest)
+        self._reading = None
+        self._outcomes.update(zip(self._rest, outcomes, strict=True))
 
 
 def _whole(index: int, loan: Loan) -> Step:
@@ -105,14 +121,6 @@ def _whole(index: int, loan: Loan) -> Step:
     return Step(index, None, header, tuple(header.groups()), loan.view[: header.total_bytes], loan.offset, loan.tier)
 
 
-def _wait(future: Future[list[Loan | Miss]], count: int, deadline: float) -> list[Loan | Miss]:
-    try:
-        return future.result(timeout=max(0.0, deadline - time.monotonic()))
-    except FutureTimeoutError:
-        future.add_done_callback(_release_all)
-        return [LATE] * count
-
-
 def _release_all(future: Future[list[Loan | Miss]]) -> None:
     if not future.cancelled() and future.exception() is None:
         for outcome in future.result():
@@ -120,7 +128,8 @@ def _release_all(future: Future[list[Loan | Miss]]) -> None:
                 outcome.release()
 
 
-def _windows(keys: Sequence[bytes], sizes: list[int], window_bytes: int) -> Iterator[list[int]]:
+def windows(keys: Sequence[bytes], sizes: list[int], window_bytes: int) -> Iterator[list[int]]:
+    """Indices of consecutive chunks that together have at most `window_bytes`, or of one larger chunk."""
     window: list[int] = []
     total = 0
     for index, nbytes in enumerate(sizes):

@@ -113,5 +113,5 @@ def _key(prefix: hashlib._Hash, parent: bytes, ids: npt.NDArray[np.uint32]) -> b
         raise SpecError(f"parent key has {len(parent)} bytes; it must have {KEY_BYTES}")
     digest = prefix.copy()
     digest.update(parent + len(ids).to_bytes(4, "little"))
-    digest.update(ids)
+    digest.update(ids.data)
     return digest.digest()

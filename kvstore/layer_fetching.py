@@ -8,14 +8,14 @@ published for other readers once it is whole.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from kvstore import container
 from kvstore.container import Header, Segment
 from kvstore.errors import ContainerError
-from kvstore.fetching import Step
+from kvstore.fetching import Step, windows
 from kvstore.loan import Loan
 from kvstore.outcome import Miss
 from kvstore.promotion import ABSENT, LATE, Place, Promoter
@@ -69,25 +69,41 @@ class _Load:
         )
 
 
+def layer_steps(
+    promoter: Promoter,
+    movers: Executor,
+    keys: Sequence[bytes],
+    sizes: Callable[[Sequence[bytes]], list[int]],
+    *,
+    window_bytes: int,
+    deadline: float,
+) -> Generator[Step, None, None]:
+    """Layer groups of all chunks of a window, then of the next: all of a window's chunks are held at once."""
+    for indices in windows(keys, sizes(keys), window_bytes):
+        yield from LayerFetch(promoter, movers, [(index, keys[index]) for index in indices], deadline=deadline).steps()
+
+
 class LayerFetch:
-    """One fetch in layer order. `steps` is used once.
+    """One window in layer order. `steps` is used once.
 
     Args:
         promoter: where chunks are leased, placed and read from.
         movers: threads for the reads.
-        keys: chunks wanted.
+        chunks: (index, key) of the chunks wanted.
         deadline: time.monotonic seconds; what has not been read by then is a miss.
     """
 
-    def __init__(self, promoter: Promoter, movers: Executor, keys: Sequence[bytes], *, deadline: float) -> None:
+    def __init__(
+        self, promoter: Promoter, movers: Executor, chunks: Sequence[tuple[int, bytes]], *, deadline: float
+    ) -> None:
         self._promoter = promoter
         self._movers = movers
         self._deadline = deadline
-        self._loads = [_Load(index, key) for index, key in enumerate(keys)]
+        self._loads = [_Load(index, key) for index, key in chunks]
+        self._reading: Future[dict[int, Miss]] | None = None
 
     def steps(self) -> Iterator[Step]:
         """The steps; closing the iterator releases everything."""
-        reading: Future[dict[int, Miss]] | None = None
         try:
             misses = self._open()
             active = self._loads
@@ -96,14 +112,14 @@ class LayerFetch:
                 for load in active:
                     if load.index in misses:
                         self._end(load, misses[load.index])
-                        yield Step(load.index, misses[load.index])
+                        yield Step(load.index, misses[load.index], first=round_index == 0)
                 active = [load for load in active if load.index not in misses]
-                if reading is None:
-                    reading = self._movers.submit(self._read_round, active, round_index)
-                misses = self._wait(reading, active)
+                if round_index == 0:
+                    self._start(self._read_round, active, 0)
+                misses = self._collect(active)
                 arrived = [load for load in active if load.index not in misses]
                 further = [load for load in arrived if len(load.groups) > round_index + 1]
-                reading = self._movers.submit(self._read_round, further, round_index + 1) if further else None
+                self._start(self._read_round, further, round_index + 1)
                 for load in arrived:
                     yield load.step(round_index)
                     if load not in further:
@@ -112,38 +128,52 @@ class LayerFetch:
                 round_index += 1
         finally:
             # A read that still runs writes into places that must not be given back under it.
-            if reading is not None and not reading.done():
-                reading.add_done_callback(lambda _: self._end_all())
+            if self._reading is not None:
+                self._reading.add_done_callback(lambda _: self._end_all())
             else:
                 self._end_all()
 
-    def _wait(self, reading: Future[dict[int, Miss]], active: list[_Load]) -> dict[int, Miss]:
+    def _start(self, read: Callable[[list[_Load], int], dict[int, Miss]], loads: list[_Load], round_index: int) -> None:
+        """Let a mover read for those of `loads` that are not lent; what is in memory costs no thread hop."""
+        behind = [load for load in loads if load.loan is None]
+        self._reading = self._movers.submit(read, behind, round_index) if behind else None
+
+    def _collect(self, loads: list[_Load]) -> dict[int, Miss]:
+        """The misses of the read that was started last; at the deadline everything not lent is one."""
+        if self._reading is None:
+            return {}
         try:
-            return reading.result(timeout=max(0.0, self._deadline - time.monotonic()))
+            misses = self._reading.result(timeout=max(0.0, self._deadline - time.monotonic()))
         except FutureTimeoutError:
-            return {load.index: LATE for load in active}
+            return {load.index: LATE for load in loads}
+        self._reading = None
+        return misses
 
     def _open(self) -> dict[int, Miss]:
-        """Find every chunk: lease it, or place it and read its header. Answers the misses."""
-        misses: dict[int, Miss] = {}
+        """Lease every chunk that is in memory, place the others and read their headers. Answers the misses."""
         for load in self._loads:
-            outcome = self._find(load)
-            if outcome is not None:
-                misses[load.index] = outcome
-        for tier in self._promoter.lower:
-            self._read_heads(tier, [load for load in self._loads if load.tier is tier], misses)
+            load.loan = self._promoter.lease(load.key)
+        self._start(lambda loads, _: self._open_below(loads), self._loads, 0)
+        misses = self._collect(self._loads)
         for load in self._loads:
-            if load.loan is not None:
+            if load.loan is not None and load.index not in misses:
                 try:
                     load.accept_header()
                 except ContainerError as error:
                     misses[load.index] = Miss(error.reason, error.detail)
         return misses
 
+    def _open_below(self, loads: list[_Load]) -> dict[int, Miss]:
+        misses: dict[int, Miss] = {}
+        for load in loads:
+            miss = self._find(load)
+            if miss is not None:
+                misses[load.index] = miss
+        for tier in self._promoter.lower:
+            self._read_heads(tier, [load for load in loads if load.tier is tier], misses)
+        return misses
+
     def _find(self, load: _Load) -> Miss | None:
-        load.loan = self._promoter.lease(load.key)
-        if load.loan is not None:
-            return None
         for tier in self._promoter.lower:
             (nbytes,) = tier.sizes([load.key])
             if nbytes is None:

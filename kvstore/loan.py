@@ -74,8 +74,7 @@ class TransientPool:
         self._freed = threading.Condition()
 
     def take(self, nbytes: int, *, deadline: float) -> TransientBuffer | None:
-        """A buffer, once the budget allows it; None if it does not by `deadline` (time.monotonic seconds) or never can.
-        """
+        """A buffer once the budget allows it; None if it does not by `deadline` (time.monotonic) or never can."""
         charged = -(-max(1, nbytes) // IO_ALIGN) * IO_ALIGN
         if charged > self.capacity_bytes:
             return None

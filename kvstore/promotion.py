@@ -102,20 +102,24 @@ class Promoter:
         self._lock = threading.Lock()
         self._flights: dict[bytes, Flight] = {}
 
-    def lease(self, key: bytes) -> Loan | None:
-        """A loan on a chunk in memory, None if it is not there."""
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """Every tier, memory first."""
+        return tuple(self.lower) if self.memory is None else (self.memory, *self.lower)
+
+    def lease(self, key: bytes, *, count: bool = True) -> Loan | None:
+        """A loan on a chunk in memory, None if it is not there. `count` says whether it is a reader's hit."""
         if self._leases is None or self.memory is None:
             return None
         lease = self._leases.lease(key)
         if isinstance(lease, Miss):
             return None
-        self._counters.add("hits", self.memory.name)
-        self._counters.add("hit_bytes", self.memory.name, len(lease.view))
+        if count:
+            self.hit(self.memory, len(lease.view))
         return Loan(lease.view, self.memory.name, lease, lease.offset)
 
     def borrow(self, keys: Sequence[bytes], *, deadline: float) -> list[Loan | Miss]:
-        """A loan or a miss for every key. Blocks for reads of lower tiers and for flights of others, until `deadline`.
-        """
+        """A loan or a miss for every key. Blocks for reads of lower tiers and for flights of others."""
         results: list[Loan | Miss | None] = [None] * len(keys)
         todo = list(range(len(keys)))
         for _ in range(ROUNDS_MAX):
@@ -179,7 +183,7 @@ class Promoter:
         return Miss(error.reason, error.detail)
 
     def hit(self, tier: Tier, nbytes: int) -> None:
-        """Count a chunk read from a lower tier."""
+        """Count a chunk served from a tier."""
         self._counters.add("hits", tier.name)
         self._counters.add("hit_bytes", tier.name, nbytes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
@@ -37,12 +38,25 @@ class Rope(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     `dims` is the number of leading dimensions of a head that are rotated (all of them unless the model's rotary is
     partial). `params` are the scaling parameters of the kind, e.g. factor, low_freq_factor, attention_factor. With kind
     "unknown" chunks are reused in place only, never moved to another position.
+
+    Raises:
+        SpecError: a number is not finite or out of range.
     """
 
     kind: RopeKind
     theta: float = 0.0
     dims: int = 0
     params: dict[str, float] = {}
+
+    def __post_init__(self) -> None:
+        for field, value in (("theta", self.theta), *((f"params[{n!r}]", v) for n, v in self.params.items())):
+            if not math.isfinite(value):
+                raise SpecError(f"Rope.{field} is {value}; it must be finite")
+        if not 0 <= self.dims <= DIM_MAX:
+            raise SpecError(f"Rope.dims is {self.dims}; it must be in 0..{DIM_MAX}")
+        # 8 and 8.0 are the same angle and must give the same fingerprint, and so the same JSON.
+        msgspec.structs.force_setattr(self, "theta", float(self.theta))
+        msgspec.structs.force_setattr(self, "params", {name: float(value) for name, value in self.params.items()})
 
 
 class KVSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -8,37 +8,52 @@ an addressable tier works too, through transient buffers.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from threading import Semaphore
 from typing import Any, cast
 
 import msgspec
 
-from kvstore import container
 from kvstore.client import DEADLINE_MS_DEFAULT, ChunkInfo, Order
 from kvstore.counters import Counters
 from kvstore.demotion import WriteBehind
-from kvstore.errors import ConfigError, ContainerError
+from kvstore.errors import ConfigError
 from kvstore.fetching import Step, chunk_steps
 from kvstore.keys import KEY_BYTES, ROOT
-from kvstore.layer_fetching import LayerFetch
+from kvstore.layer_fetching import layer_steps
 from kvstore.loan import Loan, TransientPool
 from kvstore.outcome import Lookup, Miss, PutStatus, Reason
 from kvstore.promotion import Place, Promoter
+from kvstore.putting import PendingPut, Putter
+from kvstore.sizes import parse_bytes
 from kvstore.tier import PutItem, SupportsLease, Tier
 
 
 class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Bounds of a store's movements. None means: a quarter of the memory tier, at least 64 MiB."""
+    """Bounds of a store's movements; sizes in bytes or as "64MiB". None: a quarter of the memory tier, at least 64 MiB.
 
-    write_behind_bytes_max: int | None = None
-    write_behind_batch_bytes: int = 64 << 20
-    fetch_window_bytes: int | None = None
-    transient_bytes_max: int = 512 << 20
+    Raises:
+        ConfigError: a size cannot be read or is not positive.
+    """
+
+    write_behind_bytes_max: int | str | None = None
+    write_behind_batch_bytes: int | str = "64MiB"
+    fetch_window_bytes: int | str | None = None
+    transient_bytes_max: int | str = "512MiB"
     prefetch_chunks_max: int = 1024
     mover_threads: int = 4
+
+    def __post_init__(self) -> None:
+        for field in self.__struct_fields__:
+            value = getattr(self, field)
+            if value is not None and parse_bytes(value, f"store.{field}") <= 0:
+                raise ConfigError(f"store.{field} is {value!r}; it must be positive")
+
+    def nbytes(self, field: str, default: int) -> int:
+        """A size in bytes."""
+        value = getattr(self, field)
+        return default if value is None else parse_bytes(value, f"store.{field}")
 
 
 class Store:
@@ -60,23 +75,23 @@ class Store:
         self.memory = next((tier for tier in tiers if isinstance(tier, SupportsLease)), None)
         lower = [tier for tier in tiers if tier is not self.memory]
         quarter = max(64 << 20, self.memory.capacity_bytes // 4) if self.memory is not None else 64 << 20
-        self._window_bytes = self.settings.fetch_window_bytes or quarter
-        self._transient = TransientPool(self.settings.transient_bytes_max)
+        self._window_bytes = self.settings.nbytes("fetch_window_bytes", quarter)
+        self._transient = TransientPool(self.settings.nbytes("transient_bytes_max", quarter))
         self._promoter = Promoter(self.memory, lower, self._transient, self.counters)
         self._movers = ThreadPoolExecutor(self.settings.mover_threads, thread_name_prefix="kvstore-mover")
         self._prefetch_room = Semaphore(self.settings.prefetch_chunks_max)
         durable = next((tier for tier in lower if tier.durable), None)
-        self._durable = durable
         self._behind = (
             WriteBehind(
                 durable,
                 self.counters,
-                queue_bytes_max=self.settings.write_behind_bytes_max or quarter,
-                batch_bytes_max=self.settings.write_behind_batch_bytes,
+                queue_bytes_max=self.settings.nbytes("write_behind_bytes_max", quarter),
+                batch_bytes_max=self.settings.nbytes("write_behind_batch_bytes", quarter),
             )
             if durable is not None and self.memory is not None
             else None
         )
+        self._putter = Putter(self._promoter, self._transient, self._behind, self.counters)
         self._closed = False
 
     # -- put ---------------------------------------------------------------------------------------------------------
@@ -88,91 +103,37 @@ class Store:
 
         A container that does not verify, or is not the one its key names, is refused with the reason.
         """
-        deadline = deadline_at(deadline_ms)
-        pending: list[PendingPut] = []
+        if self._closed:
+            return [_CLOSED] * len(items)
         for item in items:
-            place = self.reserve(item.key, len(item.data), parent=item.parent, durable=durable, owner=owner)
-            if isinstance(place, PutStatus):
-                pending.append(place)
-                continue
-            try:
-                total_bytes = container.copy_verified(item.data, place.view, key=item.key).total_bytes
-            except ContainerError as error:
-                place.abort()
-                pending.append(self._refused(error.reason, error.detail))
-            except BaseException:
-                place.abort()
-                raise
-            else:
-                pending.append(
-                    self.publish(place, item.key, item.parent, total_bytes, durable=durable, deadline=deadline)
-                )
-        return [self.settle(status, deadline) for status in pending]
+            _check_key(item.key)
+        return self._putter.put(items, durable=durable, deadline=deadline_at(deadline_ms), owner=owner)
 
     def reserve(
         self, key: bytes, nbytes_max: int, *, parent: bytes = ROOT, durable: bool = False, owner: str = ""
-    ) -> Place | PutStatus:
+    ) -> Place | PendingPut:
         """A place for the caller to write a container into, to be followed by `publish` or the place's `abort`.
 
-        Answers a status instead when there is nothing to write: the key is there (and durable, if that was asked for),
-        or there is no room.
+        Answers something else, for `settle`, when there is nothing to write: the key is there, or there is no room.
         """
         _check_key(key)
         if self._closed:
-            return PutStatus(stored=False, reason=Reason.UNAVAILABLE, detail="the store is closed")
-        existing = self._existing(key, durable=durable)
-        if existing is not None:
-            self.counters.add("puts", "existed")
-            return existing
-        if self.memory is not None:
-            slot = cast(SupportsLease, self.memory).reserve(key, nbytes_max, parent=parent, owner=owner)
-            if not isinstance(slot, PutStatus):
-                return Place(self.memory.name, nbytes_max, slot, None)
-            if not slot.stored and slot.reason is not None:
-                self.counters.add("puts", str(slot.reason))
-            return slot
-        buffer = self._transient.take(nbytes_max, deadline=deadline_at(None))
-        if buffer is None:
-            return self._refused(Reason.FULL, f"no room for {nbytes_max} bytes in memory")
-        return Place("transient", nbytes_max, None, buffer)
+            return _CLOSED
+        return self._putter.reserve(key, nbytes_max, parent=parent, durable=durable, owner=owner)
 
     def publish(
         self, place: Place, key: bytes, parent: bytes, nbytes: int, *, durable: bool, deadline: float
     ) -> PendingPut:
         """Make the `nbytes` written to a reserved place a stored chunk, or refuse them; `settle` tells the status.
 
-        The header is checked here; the segments are the writer's responsibility, who has just hashed them.
+        The header is checked here; the segments are the writer's responsibility, who has just hashed them. `deadline`
+        is in time.monotonic seconds, as `deadline_at` answers.
         """
-        try:
-            header = container.parse(place.view[:nbytes])
-            container.expect(header, key=key)
-        except ContainerError as error:
-            place.abort()
-            return self._refused(error.reason, error.detail)
-        self.counters.add("puts", "stored")
-        self.counters.add("put_bytes", "", nbytes)
-        loan = place.publish(nbytes)
-        if self.memory is None:
-            with loan:
-                (status,) = self.tiers[0].put([PutItem(key, loan.view, parent)])
-            return status
-        if self._behind is None:
-            loan.release()
-            return PutStatus(stored=True)
-        future = self._behind.submit(key, parent, loan, deadline=deadline if durable else None)
-        if not durable:
-            return PutStatus(stored=True)
-        return _NO_ROOM_BELOW if future is None else future
+        return self._putter.publish(place, key, parent, nbytes, durable=durable, deadline=deadline)
 
-    def settle(self, status: PendingPut, deadline: float) -> PutStatus:
-        """The status of a put, once it is durable if that was asked for; `deadline` in time.monotonic seconds."""
-        if isinstance(status, PutStatus):
-            return status
-        try:
-            below = status.result(timeout=max(0.0, deadline - time.monotonic()))
-        except FutureTimeoutError:
-            return PutStatus(stored=True, durable=False, reason=Reason.DEADLINE, detail="in memory, not yet durable")
-        return msgspec.structs.replace(below, stored=True, existed=False)
+    def settle(self, pending: PendingPut, deadline: float) -> PutStatus:
+        """The status of a put, once its chunk is durable if that was asked for."""
+        return self._putter.settle(pending, deadline)
 
     # -- read --------------------------------------------------------------------------------------------------------
 
@@ -198,19 +159,17 @@ class Store:
 
     def fetch(
         self, keys: Sequence[bytes], *, order: Order = "chunk", deadline_ms: float | None = None
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, None]:
         """Iterate over the chunks' steps; see `kvstore.client.Client.fetch`. Close the iterator to release early."""
         _check_keys(keys)
         if order not in ("chunk", "layer"):
             raise ConfigError(f"order is {order!r}; use chunk or layer")
         deadline = deadline_at(deadline_ms)
         self.touch(keys)
-        if order == "chunk":
-            steps = chunk_steps(
-                self._promoter, self._movers, keys, self._sizes, window_bytes=self._window_bytes, deadline=deadline
-            )
-        else:
-            steps = LayerFetch(self._promoter, self._movers, keys, deadline=deadline).steps()
+        plan = chunk_steps if order == "chunk" else layer_steps
+        steps = plan(
+            self._promoter, self._movers, keys, self._sizes, window_bytes=self._window_bytes, deadline=deadline
+        )
         return self._counted(steps)
 
     def borrow(self, key: bytes, *, deadline_ms: float | None = None) -> Loan | Miss:
@@ -271,12 +230,13 @@ class Store:
     def delete(self, keys: Sequence[bytes]) -> list[bool]:
         """Remove chunks from every tier, and from the way down."""
         _check_keys(keys)
+        deadline = deadline_at(None)
         found = []
         for tier in self.tiers:
             found.append(tier.delete(keys))
             if tier is self.memory and self._behind is not None:
                 for key in keys:
-                    self._behind.cancel(key)
+                    self._behind.cancel(key, deadline=deadline)
         self.counters.add("deletes", "", len(keys))
         return _any_of(found)
 
@@ -319,25 +279,6 @@ class Store:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _existing(self, key: bytes, *, durable: bool) -> PutStatus | None:
-        (info,) = self.head([key])
-        if info is None:
-            return None
-        is_durable = self._durable is not None and self._durable.name in info.tiers
-        if is_durable or not durable or self._behind is None:
-            return PutStatus(stored=True, durable=is_durable, existed=True)
-        loan = self._promoter.lease(key)
-        if loan is None:
-            return None
-        deadline = deadline_at(None)
-        future = self._behind.submit(key, container.parse(loan.view).meta.parent, loan, deadline=deadline)
-        status = _NO_ROOM_BELOW if future is None else self.settle(future, deadline)
-        return msgspec.structs.replace(status, existed=True)
-
-    def _refused(self, reason: Reason, detail: str) -> PutStatus:
-        self.counters.add("puts", str(reason))
-        return PutStatus(stored=False, reason=reason, detail=detail)
-
     def _sizes(self, keys: Sequence[bytes]) -> list[int]:
         return [info.nbytes if info is not None else 0 for info in self.head(keys)]
 
@@ -350,22 +291,17 @@ class Store:
         finally:
             self._prefetch_room.release()
 
-    def _counted(self, steps: Iterator[Step]) -> Iterator[Step]:
+    def _counted(self, steps: Generator[Step, None, None]) -> Generator[Step]:
         try:
             for step in steps:
                 if step.miss is not None:
                     self.counters.add("misses", str(step.miss.reason))
                 yield step
         finally:
-            cast(Any, steps).close()
+            steps.close()
 
 
-PendingPut = PutStatus | Future[PutStatus]
-"""A put whose chunk is stored; a future where durability is still awaited."""
-
-_NO_ROOM_BELOW = PutStatus(
-    stored=True, durable=False, reason=Reason.BUSY, detail="in memory; the write-behind queue is full"
-)
+_CLOSED = PutStatus(stored=False, reason=Reason.UNAVAILABLE, detail="the store is closed")
 
 
 def deadline_at(deadline_ms: float | None) -> float:

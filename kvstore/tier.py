@@ -62,8 +62,7 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """What a tier holds now. `used_bytes` counts whole allocations, padding included; `pinned_bytes` includes leases.
-    """
+    """What a tier holds now. `used_bytes` counts whole allocations with padding, `pinned_bytes` includes leases."""
 
     capacity_bytes: int
     used_bytes: int
@@ -140,8 +139,7 @@ class Tier(ABC):
 
 
 class Lease(Protocol):
-    """The right to read one chunk's bytes in place. A context manager; ends at `release`, with its owner, or at expiry.
-    """
+    """The right to read one chunk's bytes in place: a context manager. Ends at `release`, with its owner, or at expiry."""
 
     @property
     def view(self) -> memoryview:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from kvstore.tiers.dram import DramTier
 from kvstore.tiers.nvme import NvmeTier
 
 from kvstore import container
+from kvstore.client import Order
 from kvstore.errors import ConfigError
 from kvstore.fetching import Step
 from kvstore.keys import ROOT
@@ -18,6 +21,7 @@ from kvstore.loan import Loan
 from kvstore.outcome import Miss, Reason
 from kvstore.store import Store, StoreSettings
 from kvstore.testing.chunks import sample_container, sample_key, sample_keys
+from kvstore.testing.wrappers import BrokenTier, GatedTier
 from kvstore.tier import PutItem, Tier
 
 MIB = 1 << 20
@@ -56,6 +60,14 @@ def put_chain(store: Store, count: int, *, durable: bool = False, start: int = 0
     return keys
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Return once the condition holds; fail after half a minute."""
+    give_up = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < give_up, "the condition never came to hold"
+        time.sleep(0.01)
+
+
 def whole(steps: Iterator[Step]) -> dict[int, bytes | Miss]:
     """What a fetch delivered, by index; checks every segment that was handed out."""
     parts: dict[int, bytes | Miss] = {}
@@ -74,7 +86,7 @@ def whole(steps: Iterator[Step]) -> dict[int, bytes | Miss]:
 
 @pytest.mark.parametrize("order", ["chunk", "layer"])
 @pytest.mark.parametrize("tiers", [{}, {"nvme": None}, {"dram": None}])
-def test_fetch_returns_what_was_put(open_store: OpenStore, order: str, tiers: dict[str, None]) -> None:
+def test_fetch_returns_what_was_put(open_store: OpenStore, order: Order, tiers: dict[str, None]) -> None:
     store = open_store(**tiers)
     keys = sample_keys(20)
     for key in keys:
@@ -86,13 +98,13 @@ def test_fetch_returns_what_was_put(open_store: OpenStore, order: str, tiers: di
 
 
 @pytest.mark.parametrize("order", ["chunk", "layer"])
-def test_durable_chunks_survive_a_restart_and_are_promoted(open_store: OpenStore, order: str) -> None:
+def test_durable_chunks_survive_a_restart_and_are_promoted(open_store: OpenStore, order: Order) -> None:
     store = open_store()
     keys = put_chain(store, 12, durable=True)
     store.close()
     again = open_store()
     assert again.lookup(keys).tiers == ("nvme",) * 12
-    got = whole(again.fetch(keys, order=order))  # type: ignore[arg-type]
+    got = whole(again.fetch(keys, order=order))
     assert got == dict(enumerate(sample_container(k, parent=p) for k, p in zip(keys, [ROOT, *keys], strict=False)))
     assert again.lookup(keys).tiers == ("dram",) * 12
     assert again.counters.get("hits", "nvme") == 12
@@ -157,7 +169,7 @@ def test_a_container_that_does_not_verify_is_refused(open_store: OpenStore) -> N
 
 @pytest.mark.parametrize("order", ["chunk", "layer"])
 def test_a_chunk_gone_bad_on_disk_is_a_miss_and_is_quarantined(
-    open_store: OpenStore, tmp_path: Path, order: str
+    open_store: OpenStore, tmp_path: Path, order: Order
 ) -> None:
     store = open_store()
     keys = put_chain(store, 4, durable=True)
@@ -168,7 +180,7 @@ def test_a_chunk_gone_bad_on_disk_is_a_miss_and_is_quarantined(
     data[data.index(needle[:64]) + 5] ^= 0x10
     volume.write_bytes(data)
     again = open_store()
-    got = whole(again.fetch(keys, order=order))  # type: ignore[arg-type]
+    got = whole(again.fetch(keys, order=order))
     assert isinstance(got[2], Miss)
     assert got[2].reason == Reason.CORRUPT
     assert [isinstance(got[i], bytes) for i in range(4)] == [True, True, False, True]
@@ -210,12 +222,12 @@ def test_concurrent_readers_share_one_read_of_the_disk(open_store: OpenStore) ->
 
 
 @pytest.mark.parametrize("order", ["chunk", "layer"])
-def test_closing_a_fetch_early_releases_everything(open_store: OpenStore, order: str) -> None:
+def test_closing_a_fetch_early_releases_everything(open_store: OpenStore, order: Order) -> None:
     store = open_store()
     keys = put_chain(store, 16, durable=True)
     store.close()
     again = open_store()
-    steps = again.fetch(keys, order=order)  # type: ignore[arg-type]
+    steps = again.fetch(keys, order=order)
     next(steps)
     steps.close()  # type: ignore[attr-defined]
     assert again.flush()
@@ -250,12 +262,55 @@ def test_pins_keep_chunks_through_pressure(open_store: OpenStore) -> None:
     assert store.head(keys) == [None, None]
 
 
-def test_a_deadline_of_zero_is_a_miss_not_a_wait(open_store: OpenStore) -> None:
-    store = open_store()
-    keys = put_chain(store, 3, durable=True)
-    loan = store.borrow(keys[0], deadline_ms=0)
-    assert isinstance(loan, Loan)
-    loan.release()
+@pytest.mark.parametrize("order", ["chunk", "layer"])
+def test_a_stalled_disk_is_a_miss_at_the_deadline_and_leaks_nothing(tmp_path: Path, order: Order) -> None:
+    disk = GatedTier(NvmeTier(tmp_path / "nvme", capacity_bytes=16 * MIB))
+    with closing(Store([DramTier(8 * MIB), disk])) as store:
+        keys = put_chain(store, 6, durable=True)
+        resident = put_chain(store, 1, start=50)
+        store.tiers[0].delete(keys)
+        disk.read_gate.clear()
+        got = whole(store.fetch([*resident, *keys], order=order, deadline_ms=50))
+        assert isinstance(got[0], bytes) or order == "layer"
+        assert all(isinstance(got[i], Miss) and got[i].reason == Reason.DEADLINE for i in range(1, 7))  # type: ignore[union-attr]
+        disk.read_gate.set()
+        wait_until(lambda: store.tiers[0].usage().pinned_bytes == 0 and store.stats()["transient_bytes"] == 0)
+        assert all(isinstance(part, bytes) for part in whole(store.fetch(keys, order=order)).values())
+
+
+def test_a_full_write_behind_queue_sheds_plain_puts_and_times_out_durable_ones(tmp_path: Path) -> None:
+    disk = GatedTier(NvmeTier(tmp_path / "nvme", capacity_bytes=16 * MIB))
+    settings = StoreSettings(write_behind_bytes_max=64 * 1024)
+    with closing(Store([DramTier(8 * MIB), disk], settings)) as store:
+        disk.put_gate.clear()
+        keys = put_chain(store, 20)
+        assert store.lookup(keys).chunks == 20
+        assert store.counters.get("demotions_shed", "nvme") > 0
+        extra = sample_key(500)
+        (status,) = store.put([PutItem(extra, memoryview(sample_container(extra)))], durable=True, deadline_ms=50)
+        assert status.stored
+        assert not status.durable
+        assert status.reason in (Reason.BUSY, Reason.DEADLINE)
+        assert not store.flush(deadline_ms=50)
+        disk.put_gate.set()
+        assert store.flush()
+
+
+def test_a_dead_disk_costs_misses_not_exceptions(tmp_path: Path) -> None:
+    disk = BrokenTier(NvmeTier(tmp_path / "nvme", capacity_bytes=16 * MIB))
+    with closing(Store([DramTier(8 * MIB), disk])) as store:
+        keys = put_chain(store, 3, durable=True)
+        store.tiers[0].delete(keys)
+        disk.broken = True
+        for order in ("chunk", "layer"):
+            got = whole(store.fetch(keys, order=order))  # type: ignore[arg-type]
+            assert all(isinstance(part, Miss) and part.reason == Reason.IO_ERROR for part in got.values())
+        key = sample_key(80)
+        (status,) = store.put([PutItem(key, memoryview(sample_container(key)))], durable=True)
+        assert status.stored
+        assert not status.durable
+        assert status.reason == Reason.IO_ERROR
+        assert isinstance(store.borrow(key), Loan)
 
 
 def test_callers_mistakes_raise(open_store: OpenStore) -> None:

@@ -1,0 +1,174 @@
+"""Putting chunks: a place to write into, a published chunk, and the wait for durability when it was asked for.
+
+place = putter.reserve(key, nbytes_max)       or the answer, if there is nothing to write
+... write the container into place.view ...
+pending = putter.publish(place, key, parent, nbytes, durable=True, deadline=deadline)
+status = putter.settle(pending, deadline)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import cast
+
+import msgspec
+
+from kvstore import container
+from kvstore.counters import Counters
+from kvstore.demotion import WriteBehind
+from kvstore.errors import ContainerError
+from kvstore.keys import ROOT
+from kvstore.loan import Loan, TransientPool
+from kvstore.outcome import PutStatus, Reason
+from kvstore.promotion import Place, Promoter
+from kvstore.tier import PutItem, SupportsLease, Tier
+
+
+class Awaited(msgspec.Struct, frozen=True):
+    """A chunk that is stored in memory and on its way to the durable tier."""
+
+    below: Future[PutStatus]
+    existed: bool = False
+
+
+PendingPut = PutStatus | Awaited
+"""A put that has been decided, or one whose durability is still awaited; `Putter.settle` makes it a status."""
+
+_QUEUE_FULL = PutStatus(
+    stored=True, durable=False, reason=Reason.BUSY, detail="in memory; the write-behind queue is full"
+)
+
+
+class Putter:
+    """The put side of a store.
+
+    Args:
+        promoter: lends what is in memory.
+        transient: budget for chunks that memory cannot take.
+        behind: the way to the durable tier; None if there is none or no memory before it.
+        counters: gets puts (label: stored, existed, or the reason of a refusal) and put_bytes.
+    """
+
+    def __init__(
+        self, promoter: Promoter, transient: TransientPool, behind: WriteBehind | None, counters: Counters
+    ) -> None:
+        self._promoter = promoter
+        self._transient = transient
+        self._behind = behind
+        self._counters = counters
+
+    def put(self, items: Sequence[PutItem], *, durable: bool, deadline: float, owner: str) -> list[PutStatus]:
+        """Copy and verify containers in one pass each; what does not verify is refused with the reason."""
+        pending: list[PendingPut] = []
+        for item in items:
+            place = self.reserve(item.key, len(item.data), parent=item.parent, durable=durable, owner=owner)
+            if not isinstance(place, Place):
+                pending.append(place)
+                continue
+            try:
+                nbytes = container.copy_verified(item.data, place.view, key=item.key).total_bytes
+            except ContainerError as error:
+                place.abort()
+                pending.append(self.refuse(error.reason, error.detail))
+            except BaseException:
+                place.abort()
+                raise
+            else:
+                pending.append(self.publish(place, item.key, item.parent, nbytes, durable=durable, deadline=deadline))
+        return [self.settle(status, deadline) for status in pending]
+
+    def reserve(
+        self, key: bytes, nbytes_max: int, *, parent: bytes = ROOT, durable: bool = False, owner: str = ""
+    ) -> Place | PendingPut:
+        """A place for a container of at most `nbytes_max` bytes, or the answer when there is nothing to write."""
+        existing = self._existing(key, durable=durable)
+        if existing is not None:
+            self._counters.add("puts", "existed")
+            return existing
+        memory = self._promoter.memory
+        if memory is not None:
+            slot = cast(SupportsLease, memory).reserve(key, nbytes_max, parent=parent, owner=owner)
+            if not isinstance(slot, PutStatus):
+                return Place(memory.name, nbytes_max, slot, None)
+            if slot.reason != Reason.TOO_LARGE:
+                return self._counted(slot)
+        # Only a tier below can take it: written through, by the caller's own thread.
+        if self._tier_for(nbytes_max) is None:
+            return self.refuse(Reason.TOO_LARGE, f"no tier holds chunks of {nbytes_max} bytes")
+        buffer = self._transient.take(nbytes_max, deadline=time.monotonic())
+        if buffer is None:
+            return self.refuse(Reason.FULL, f"no room for a buffer of {nbytes_max} bytes")
+        return Place("transient", nbytes_max, None, buffer)
+
+    def publish(
+        self, place: Place, key: bytes, parent: bytes, nbytes: int, *, durable: bool, deadline: float
+    ) -> PendingPut:
+        """Make the `nbytes` written to a place a stored chunk, or refuse them.
+
+        The header is checked here; the segments are the writer's responsibility, who has just hashed them.
+        """
+        try:
+            container.expect(container.parse(place.view[:nbytes]), key=key)
+        except ContainerError as error:
+            place.abort()
+            return self.refuse(error.reason, error.detail)
+        loan = place.publish(nbytes)
+        if loan.offset is None:
+            return self._write_through(loan, key, parent)
+        self._counters.add("puts", "stored")
+        self._counters.add("put_bytes", "", nbytes)
+        if self._behind is None:
+            loan.release()
+            return PutStatus(stored=True)
+        below = self._behind.submit(key, parent, loan, deadline=deadline if durable else None)
+        if not durable:
+            return PutStatus(stored=True)
+        return _QUEUE_FULL if below is None else Awaited(below)
+
+    def settle(self, pending: PendingPut, deadline: float) -> PutStatus:
+        """The status of a put, once its chunk is durable if that was asked for."""
+        if isinstance(pending, PutStatus):
+            return pending
+        try:
+            below = pending.below.result(timeout=max(0.0, deadline - time.monotonic()))
+        except FutureTimeoutError:
+            below = PutStatus(stored=True, reason=Reason.DEADLINE, detail="in memory, not yet durable")
+        return msgspec.structs.replace(below, stored=True, existed=pending.existed)
+
+    def refuse(self, reason: Reason, detail: str) -> PutStatus:
+        """A counted refusal."""
+        return self._counted(PutStatus(stored=False, reason=reason, detail=detail))
+
+    def _counted(self, status: PutStatus) -> PutStatus:
+        self._counters.add("puts", "existed" if status.existed else str(status.reason or "stored"))
+        return status
+
+    def _existing(self, key: bytes, *, durable: bool) -> PendingPut | None:
+        holders = [tier for tier in self._promoter.tiers if tier.sizes([key]) != [None]]
+        if not holders:
+            return None
+        is_durable = any(tier.durable for tier in holders)
+        if is_durable or not durable or self._behind is None:
+            return PutStatus(stored=True, durable=is_durable, existed=True)
+        loan = self._promoter.lease(key, count=False)
+        if loan is None:
+            return None
+        parent = container.parse(loan.view).meta.parent
+        below = self._behind.submit(key, parent, loan, deadline=time.monotonic())
+        return msgspec.structs.replace(_QUEUE_FULL, existed=True) if below is None else Awaited(below, existed=True)
+
+    def _tier_for(self, nbytes: int) -> Tier | None:
+        return next((tier for tier in self._promoter.lower if tier.chunk_bytes_max >= nbytes), None)
+
+    def _write_through(self, loan: Loan, key: bytes, parent: bytes) -> PutStatus:
+        with loan:
+            tier = self._tier_for(len(loan.view))
+            if tier is None:
+                return self.refuse(Reason.TOO_LARGE, f"no tier holds chunks of {len(loan.view)} bytes")
+            (status,) = tier.put([PutItem(key, loan.view, parent)])
+            if status.stored and not status.existed:
+                self._counters.add("put_bytes", "", len(loan.view))
+        return self._counted(status)
