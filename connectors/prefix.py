@@ -1,0 +1,219 @@
+"""Loading and storing the prefix of a prompt: what a connector does between engine and client, whatever the engine.
+
+Knows KV only as bits in NumPy arrays and never raises because of the store.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+
+from kvstore.chunk import check_coverage, encode_chunk, encoded_bytes_max
+from kvstore.client import Client, Part, PutChunk
+from kvstore.codec import Codec
+from kvstore.codecs import registry
+from kvstore.connector import KVMemory, Loaded, Stored
+from kvstore.container import FLAG_CONTENT_KEY, ChunkMeta, Header, expect
+from kvstore.errors import ConfigError, ContainerError
+from kvstore.keys import ROOT, KeyScheme, Tokens
+from kvstore.outcome import Lookup, Miss, Reason
+from kvstore.spec import KVSpec
+
+LOAD_DEADLINE_MS_DEFAULT = 5_000.0
+STORE_DEADLINE_MS_DEFAULT = 5_000.0
+
+
+class PrefixStore:
+    """Prefixes of one model's prompts in one store.
+
+    Args:
+        client: the store.
+        spec: geometry of the model's KV.
+        keys: the model's key scheme; its fingerprint is what stored chunks must carry.
+        codec: how to write; must be exact. Chunks are read with whatever exact codec wrote them.
+        durable: whether a put waits until its chunks would survive kill -9.
+        load_deadline_ms: bound on lookup and load of one prompt; what is there by then is used.
+        store_deadline_ms: bound on the put of one prompt.
+
+    Raises:
+        ConfigError: a deadline is not positive or the codec is lossy.
+        CodecError: the codec cannot serve the spec.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        spec: KVSpec,
+        keys: KeyScheme,
+        codec: Codec,
+        *,
+        durable: bool = False,
+        load_deadline_ms: float = LOAD_DEADLINE_MS_DEFAULT,
+        store_deadline_ms: float = STORE_DEADLINE_MS_DEFAULT,
+    ) -> None:
+        for field, value in (("load_deadline_ms", load_deadline_ms), ("store_deadline_ms", store_deadline_ms)):
+            if not value > 0:
+                raise ConfigError(f"{field} is {value}; give a positive number of milliseconds")
+        if not codec.exact:
+            raise ConfigError(f"codec {codec.id!r} is lossy; this connector promises exact KV, use 'lossless' or 'raw'")
+        self.client = client
+        self.spec = spec
+        self.keys = keys
+        self.codec = codec
+        self.durable = durable
+        self.load_deadline_ms = load_deadline_ms
+        self.store_deadline_ms = store_deadline_ms
+        self._chunk_bytes_max = encoded_bytes_max(codec, spec, keys.chunk_tokens)
+
+    def chain(self, tokens: Tokens) -> list[bytes]:
+        """Keys of the full chunks of a prompt."""
+        return self.keys.chain(tokens)
+
+    def load(self, chain: Sequence[bytes], memory: KVMemory, tokens_max: int) -> Loaded:
+        """Load the longest stored prefix of `chain` into `memory`, no more chunks than `tokens_max` tokens need."""
+        wanted = chain[: -(-tokens_max // self.keys.chunk_tokens)]
+        if not wanted:
+            return Loaded()
+        started = time.perf_counter()
+        deadline = started + self.load_deadline_ms / 1e3
+        found = self._lookup(wanted)
+        looked_up = time.perf_counter()
+        chunks, nbytes, stop = 0, 0, None
+        if found.chunks:
+            chunks, nbytes, stop = self._fetch(wanted[: found.chunks], memory, deadline)
+        stop = stop or found.stop
+        if stop is None and chunks < len(wanted):
+            stop = Miss(Reason.ABSENT, "the store named no reason")
+        misses = {} if stop is None else _misses(chunks, len(wanted), stop)
+        return Loaded(
+            chunks=chunks,
+            nbytes=nbytes,
+            stop=stop,
+            misses=misses,
+            lookup_ms=(looked_up - started) * 1e3,
+            load_ms=(time.perf_counter() - looked_up) * 1e3,
+        )
+
+    def store(self, chain: Sequence[bytes], first: int, memory: KVMemory) -> Stored:
+        """Store chunks `first` and later of `chain` from `memory`, which holds the KV of all their tokens."""
+        if first >= len(chain):
+            return Stored()
+        started = time.perf_counter()
+        puts = [self._put(chain, index, memory) for index in range(first, len(chain))]
+        failures: Counter[Reason] = Counter()
+        chunks, existed, detail = 0, 0, ""
+        try:
+            for status in self.client.put(puts, durable=self.durable, deadline_ms=self.store_deadline_ms):
+                if status.existed:
+                    existed += 1
+                elif status.stored:
+                    chunks += 1
+                else:
+                    failures[status.reason or Reason.UNAVAILABLE] += 1
+                    detail = status.detail or detail
+        except Exception as error:  # whatever goes wrong with the store must not reach the engine
+            failures[Reason.UNAVAILABLE] += len(puts)
+            chunks, existed, detail = 0, 0, _describe(error)
+        return Stored(
+            chunks=chunks,
+            existed=existed,
+            failures=dict(failures),
+            detail=detail,
+            store_ms=(time.perf_counter() - started) * 1e3,
+        )
+
+    def _lookup(self, wanted: Sequence[bytes]) -> Lookup:
+        try:
+            return self.client.lookup(wanted)
+        except Exception as error:  # whatever goes wrong with the store must not reach the engine
+            return Lookup((), Miss(Reason.UNAVAILABLE, _describe(error)))
+
+    def _fetch(self, keys: Sequence[bytes], memory: KVMemory, deadline: float) -> tuple[int, int, Miss | None]:
+        """Fill `memory` chunk by chunk; answers good chunks, their container bytes, and why it stopped early."""
+        remaining_ms = (deadline - time.perf_counter()) * 1e3
+        if remaining_ms <= 0:
+            return 0, 0, Miss(Reason.DEADLINE, f"the lookup took all of {self.load_deadline_ms:g} ms")
+        try:
+            parts = self.client.fetch(keys, order="chunk", deadline_ms=remaining_ms)
+        except Exception as error:  # whatever goes wrong with the store must not reach the engine
+            return 0, 0, Miss(Reason.UNAVAILABLE, _describe(error))
+        try:
+            return self._take(parts, keys, memory, deadline)
+        finally:
+            close = getattr(parts, "close", None)  # an Iterator need not have one; a generator does
+            with suppress(Exception):  # what was taken has been verified, whatever closing says
+                if close is not None:
+                    close()
+
+    def _take(
+        self, parts: Iterator[Part], keys: Sequence[bytes], memory: KVMemory, deadline: float
+    ) -> tuple[int, int, Miss | None]:
+        """What `_fetch` answers; holds no view of the parts when it returns, so that they can be given back."""
+        good, nbytes = 0, 0
+        try:
+            for part in parts:
+                if part.miss is not None:
+                    return good, nbytes, part.miss
+                nbytes += self._decode(part, good, keys[good], memory).total_bytes
+                good += 1
+                if good == len(keys):
+                    return good, nbytes, None
+                if time.perf_counter() > deadline:
+                    return good, nbytes, Miss(Reason.DEADLINE, f"{good} chunks in {self.load_deadline_ms:g} ms")
+        except ContainerError as error:
+            return good, nbytes, Miss(error.reason, error.detail)
+        except Exception as error:  # whatever goes wrong with the store must not reach the engine
+            return good, nbytes, Miss(Reason.UNAVAILABLE, _describe(error))
+        return good, nbytes, Miss(Reason.UNAVAILABLE, f"the store answered {good} of {len(keys)} chunks")
+
+    def _decode(self, part: Part, index: int, key: bytes, memory: KVMemory) -> Header:
+        """Check that a part is the chunk asked for, whole, and decode it to its place."""
+        header = part.header
+        if header is None or part.index != index or len(part.groups) != len(header.groups()):
+            raise ContainerError(Reason.MALFORMED, f"the store answered chunk {part.index} in parts; asked for {index}")
+        expect(header, key=key, fingerprint=self.keys.fingerprint)
+        start = index * self.keys.chunk_tokens
+        meta = header.meta
+        if meta.spec != self.spec or meta.tokens != self.keys.chunk_tokens:
+            raise ContainerError(Reason.MALFORMED, "the container is of another geometry or chunk size")
+        if meta.first_position != start or meta.flags & FLAG_CONTENT_KEY:
+            raise ContainerError(Reason.MALFORMED, f"the chunk was computed at {meta.first_position}, not at {start}")
+        codec = registry.get(header.codec, header.profile)
+        if not codec.exact:
+            raise ContainerError(Reason.UNKNOWN_CODEC, f"codec {codec.id!r} is lossy; only exact chunks are reused")
+        check_coverage(header)
+        arrays = memory.writable(start, start + meta.tokens)
+        for group in part.groups:
+            codec.decode(group, arrays, self.spec)
+        memory.commit(start, start + meta.tokens)
+        return header
+
+    def _put(self, chain: Sequence[bytes], index: int, memory: KVMemory) -> PutChunk:
+        tokens = self.keys.chunk_tokens
+        start = index * tokens
+        parent = chain[index - 1] if index else ROOT
+        meta = ChunkMeta(
+            fingerprint=self.keys.fingerprint,
+            key=chain[index],
+            spec=self.spec,
+            tokens=tokens,
+            parent=parent,
+            first_position=start,
+        )
+
+        def write(buffer: memoryview) -> int:
+            return encode_chunk(self.codec, meta, memory.readable(start, start + tokens), buffer)
+
+        return PutChunk(key=chain[index], nbytes_max=self._chunk_bytes_max, write=write, parent=parent)
+
+
+def _misses(first: int, stop: int, miss: Miss) -> dict[int, Miss]:
+    """A reason for each chunk from `first` on: `miss` for that one, a hole in the prefix for those behind it."""
+    behind = Miss(Reason.PARENT_ABSENT, f"chunk {first} is missing: {miss.reason}")
+    return {index: miss if index == first else behind for index in range(first, stop)}
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,229 @@
+"""The transformers connector: `prefill` and `generate` that load the KV of a known prefix and compute only the rest.
+
+    connector = TransformersConnector(model, kvstore.connect("embedded:/var/lib/kvstore"))
+    sequences, reports = connector.generate(input_ids, max_new_tokens=100)
+
+What it promises is in `kvstore.connector`; what it refuses, and why, in `kvstore.connectors.hf_spec` and
+docs/transformers.md. Not safe for several threads at once: give each its own connector; they may share the client.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+import torch
+from transformers import Cache, LogitsProcessorList, PreTrainedModel
+
+from kvstore.client import Client
+from kvstore.codec import Codec
+from kvstore.codecs import registry
+from kvstore.connector import Loaded, ReuseReport, Stored
+from kvstore.connectors.hf_generate import HEADROOM_TOKENS, FirstStep, GenerateSettings, Ids, prompt_rows
+from kvstore.connectors.hf_spec import check_model, kv_spec, numeric_settings
+from kvstore.connectors.prefix import LOAD_DEADLINE_MS_DEFAULT, STORE_DEADLINE_MS_DEFAULT, PrefixStore
+from kvstore.connectors.torch_kv import TorchKV
+from kvstore.connectors.weights import weights_digest, weights_signature
+from kvstore.errors import CodecError, ContainerError, SpecError
+from kvstore.keys import DEFAULT_CHUNK_TOKENS, ROOT, KeyScheme
+from kvstore.spec import fingerprint
+
+
+class _Turn(msgspec.Struct):
+    """One prompt of a batch: what was reused, and what has been done for it before generation starts."""
+
+    ids: Ids
+    loaded: Loaded
+    reused: int
+    in_store: int
+    stored: Stored
+    compute_ms: float = 0.0
+
+
+class TransformersConnector:
+    """A model and a store: prompts whose beginning is known are not computed again.
+
+    Args:
+        model: a causal language model of a tested family (`hf_spec.FAMILIES`), in eval mode, on one device.
+        client: the store, from `kvstore.connect`.
+        chunk_tokens: tokens of a chunk; two connectors share KV only if it is the same.
+        codec: id of an exact codec, or the codec itself.
+        durable: whether storing waits until the chunks would survive kill -9.
+        load_deadline_ms: longest wait for lookup and load of one prompt; what is there by then is used.
+        store_deadline_ms: longest wait for storing one prompt's chunks.
+        salt: separates tenants; two salts never share KV.
+
+    Raises:
+        UnsupportedModelError: the model cannot be served exactly; names what and why.
+        ConfigError, CodecError, SpecError: another argument is wrong.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        client: Client,
+        *,
+        chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+        codec: str | Codec = "lossless",
+        durable: bool = False,
+        load_deadline_ms: float = LOAD_DEADLINE_MS_DEFAULT,
+        store_deadline_ms: float = STORE_DEADLINE_MS_DEFAULT,
+        salt: bytes = b"",
+    ) -> None:
+        self.model = model
+        self.client = client
+        self._chunk_tokens = chunk_tokens
+        self._codec = _codec(codec) if isinstance(codec, str) else codec
+        self._durable = durable
+        self._load_deadline_ms = load_deadline_ms
+        self._store_deadline_ms = store_deadline_ms
+        self._salt = salt
+        self._prefixes = self._open()
+        self._signature = weights_signature(model)
+
+    @property
+    def fingerprint(self) -> bytes:
+        """32-byte name of everything that changes the numbers of this model's KV."""
+        return self._current().keys.fingerprint
+
+    @torch.no_grad()
+    def prefill(
+        self, input_ids: torch.Tensor, *, headroom: int = HEADROOM_TOKENS
+    ) -> tuple[Cache, torch.Tensor, ReuseReport]:
+        """The cache of a whole prompt, the logits of its last token (1, vocabulary), and what the store did.
+
+        Go on with `model(next_token, past_key_values=cache)`; the cache has room for `headroom` more tokens and grows
+        by copying after that.
+
+        Args:
+            input_ids: one prompt, (1, tokens).
+            headroom: tokens expected to follow.
+
+        Raises:
+            SpecError: `input_ids` is not one prompt of at least one token.
+            UnsupportedModelError: the model has been changed into one that cannot be served.
+        """
+        rows = prompt_rows(input_ids, torch.ones_like(input_ids))
+        if len(rows) != 1:
+            raise SpecError(f"prefill takes one prompt, got {len(rows)}; use generate for a batch")
+        prefixes = self._current()
+        memory = TorchKV.allocate(prefixes.spec, 1, len(rows[0]) + headroom, self.model.device)
+        turn = self._load(prefixes, rows[0], memory)
+        cache = memory.cache(turn.reused)
+        started = time.perf_counter()
+        logits = self.model(
+            input_ids[:, turn.reused :].to(self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits[:, -1]
+        turn.compute_ms = (time.perf_counter() - started) * 1e3
+        turn.stored = prefixes.store(prefixes.chain(turn.ids), turn.in_store, memory)
+        return cache, logits, _report(turn)
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[Any, list[ReuseReport]]:
+        """What `model.generate` answers for the same arguments, and a report for each prompt.
+
+        Chunks that become full while generating are stored too, so that the next turn of a conversation finds them.
+
+        Args:
+            input_ids: prompts, (rows, tokens), shorter ones padded on the left.
+            attention_mask: 1 for tokens, 0 for padding, same shape; without one it is inferred as transformers does.
+            kwargs: settings of `model.generate`.
+
+        Raises:
+            SpecError: the mask is not left padding, or a prompt is empty.
+            UnsupportedModelError: a setting that cannot be served, by name; or the model has become one.
+        """
+        given = GenerateSettings(kwargs, self.model.generation_config)
+        given.check()
+        mask = given.infer_mask(input_ids) if attention_mask is None else attention_mask
+        prompts = prompt_rows(input_ids, mask)
+        prefixes = self._current()
+        width = input_ids.shape[1]
+        capacity = width + given.headroom_tokens(width)
+        memory = TorchKV.allocate(prefixes.spec, len(prompts), capacity, self.model.device)
+        if len(prompts) == 1 and len(prompts[0]) == width:  # generate itself computes what was not loaded
+            turns = [self._load(prefixes, prompts[0], memory)]
+            cache = memory.cache(turns[0].reused)
+        else:
+            turns = [self._fill_row(prefixes, ids, memory, row, width) for row, ids in enumerate(prompts)]
+            cache = memory.cache(width - 1)
+        first_step = FirstStep()
+        processors = LogitsProcessorList([*(kwargs.pop("logits_processor", None) or ()), first_step])
+        started = time.perf_counter()
+        generate: Any = self.model.generate  # torch types a module's attributes as tensors or modules
+        output = generate(input_ids, attention_mask=mask, past_key_values=cache, logits_processor=processors, **kwargs)
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        final = TorchKV.of(prefixes.spec, cache)
+        for row, (turn, sequence) in enumerate(zip(turns, sequences.cpu().numpy(), strict=True)):
+            padding = width - len(turn.ids)
+            turn.compute_ms += (first_step.seconds - started) * 1e3
+            chain = prefixes.chain(given.worth_storing(sequence[padding:], len(turn.ids)))
+            turn.stored = turn.stored.plus(prefixes.store(chain, turn.in_store, final.row(row, padding)))
+        return output, [_report(turn) for turn in turns]
+
+    def _load(self, prefixes: PrefixStore, ids: Ids, memory: TorchKV) -> _Turn:
+        """Load what is known of a prompt, at most all but its last token, whose logits are wanted."""
+        loaded = prefixes.load(prefixes.chain(ids), memory, len(ids) - 1)
+        reused = min(loaded.chunks * self._chunk_tokens, len(ids) - 1)
+        return _Turn(ids=ids, loaded=loaded, reused=reused, in_store=loaded.chunks, stored=Stored())
+
+    def _fill_row(self, prefixes: PrefixStore, ids: Ids, memory: TorchKV, row: int, width: int) -> _Turn:
+        """Fill one row of a batch, padded on the left to `width`, with the KV of all tokens but the prompt's last.
+
+        Stores the full chunks at once, so that the rows after it find a beginning they share.
+        """
+        padding = width - len(ids)
+        memory.clear(row, padding)
+        place = memory.row(row, padding)
+        turn = self._load(prefixes, ids, place)
+        started = time.perf_counter()
+        if turn.reused < len(ids) - 1:
+            rest = torch.from_numpy(ids[turn.reused : -1]).to(self.model.device)
+            self.model.base_model(rest[None], past_key_values=place.cache(turn.reused), use_cache=True)
+        turn.compute_ms = (time.perf_counter() - started) * 1e3
+        chain = prefixes.chain(ids[:-1])
+        turn.stored = prefixes.store(chain, turn.in_store, place)
+        turn.in_store = max(turn.in_store, len(chain))
+        return turn
+
+    def _current(self) -> PrefixStore:
+        """The prefixes of the model as it is now: changed weights are another model."""
+        signature = weights_signature(self.model)
+        if signature != self._signature or self.model.training or torch.is_autocast_enabled(self.model.device.type):
+            self._prefixes = self._open()
+            self._signature = signature
+        return self._prefixes
+
+    def _open(self) -> PrefixStore:
+        check_model(self.model)
+        spec = kv_spec(self.model)
+        name = fingerprint(spec, weights_digest(self.model.base_model), settings=numeric_settings(self.model))
+        return PrefixStore(
+            self.client,
+            spec,
+            KeyScheme(name, chunk_tokens=self._chunk_tokens, salt=self._salt),
+            self._codec,
+            durable=self._durable,
+            load_deadline_ms=self._load_deadline_ms,
+            store_deadline_ms=self._store_deadline_ms,
+        )
+
+
+def _codec(codec_id: str) -> Codec:
+    try:
+        return registry.get(codec_id, ROOT)
+    except ContainerError as error:
+        raise CodecError(f"codec: {error.detail}") from error
+
+
+def _report(turn: _Turn) -> ReuseReport:
+    return ReuseReport.of(
+        prompt_tokens=len(turn.ids),
+        reused_tokens=turn.reused,
+        loaded=turn.loaded,
+        stored=turn.stored,
+        compute_ms=turn.compute_ms,
+    )
