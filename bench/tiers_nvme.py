@@ -1,0 +1,124 @@
+"""The nvme tier against a plain O_DIRECT loop: same disk, same sizes, same number of threads, in turn in one run.
+
+The anchor is what a C programmer would write first: a preallocated file, aligned memory, THREADS threads that preadv or
+pwritev one whole chunk after another. Three comparisons for each size, over batches of BATCH chunks:
+
+    read           `Tier.read` against the loop
+    write          `Tier.put` against the loop with the one fdatasync that makes its bytes durable, as `put` promises
+    write_unsynced `Tier.put`, durable as ever, against the loop without any promise
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from kvstore.bench.timing import paired
+from kvstore.tier import IO_ALIGN, PutItem, ReadItem
+from kvstore.tiers.directio import THREADS_DEFAULT, aligned_buffer
+from kvstore.tiers.nvme import NvmeTier
+
+MIB = 1 << 20
+BATCH = 8
+CHUNK_BYTES = (32 * MIB, 4 * MIB)
+CHUNK_BYTES_QUICK = (1 * MIB,)
+ROUNDS = 15
+
+
+class PlainLoop:
+    """A preallocated file opened with O_DIRECT where the file system allows it, and threads that move whole chunks."""
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
+        except OSError:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        os.posix_fallocate(self._descriptor, 0, nbytes)
+        self._threads = ThreadPoolExecutor(THREADS_DEFAULT)
+
+    def read(self, buffers: list[memoryview]) -> None:
+        """Fill the buffers from the start of the file."""
+        self._each(os.preadv, buffers)
+
+    def write(self, buffers: list[memoryview]) -> None:
+        """Write the buffers to the start of the file."""
+        self._each(os.pwritev, buffers)
+
+    def write_synced(self, buffers: list[memoryview]) -> None:
+        """Write the buffers and wait until they are durable."""
+        self.write(buffers)
+        os.fdatasync(self._descriptor)
+
+    def close(self) -> None:
+        """Stop the threads and close the file."""
+        self._threads.shutdown()
+        os.close(self._descriptor)
+
+    def _each(self, call: Callable[[int, list[memoryview], int], int], buffers: list[memoryview]) -> None:
+        def move(index: int) -> None:
+            done = 0
+            while done < len(buffers[index]):
+                done += call(self._descriptor, [buffers[index][done:]], index * len(buffers[index]) + done)
+
+        list(self._threads.map(move, range(len(buffers))))
+
+
+def measure(directory: Path, quick: bool = False) -> dict[str, float]:
+    """Ratios and GB/s of the tier and of the plain loop; the unsuffixed ratios are the worst over the sizes.
+
+    Args:
+        directory: on the disk under test; gets up to about 600 MB of files, which are removed.
+        quick: one small size and three rounds, to show that it runs.
+    """
+    metrics: dict[str, float] = {}
+    for nbytes in CHUNK_BYTES_QUICK if quick else CHUNK_BYTES:
+        metrics |= _measure_size(directory, nbytes, 3 if quick else ROUNDS)
+    for verb in ("read", "write", "write_unsynced"):
+        name = f"tiers.nvme.{verb}_vs_odirect"
+        metrics[name] = min(value for key, value in metrics.items() if key.startswith(f"{name}_"))
+    return metrics
+
+
+def _measure_size(directory: Path, nbytes: int, rounds: int) -> dict[str, float]:
+    buffers = [aligned_buffer(nbytes) for _ in range(BATCH)]
+    for number, buffer in enumerate(buffers):
+        buffer[:] = random.Random(number).randbytes(nbytes)
+    # Room for two batches, one of them kept free: every put is into a full tier and evicts the batch before.
+    room_bytes = BATCH * nbytes
+    tier = NvmeTier(directory / f"tier-{nbytes}", 2 * room_bytes + IO_ALIGN, evict_ahead_bytes=room_bytes)
+    loop = PlainLoop(directory / f"plain-{nbytes}", room_bytes)
+    suffix = f"{nbytes // MIB}mib"
+    metrics: dict[str, float] = {}
+    numbers = itertools.count()
+
+    def put() -> None:
+        items = [PutItem(next(numbers).to_bytes(32, "little"), buffer) for buffer in buffers]
+        if not all(status.durable for status in tier.put(items)):
+            raise OSError("the nvme tier did not store the benchmark's chunks")
+
+    def read() -> None:
+        if tier.read([ReadItem(entry.key, buffer) for entry, buffer in zip(tier.scan(), buffers, strict=True)]) != expected:
+            raise OSError("the nvme tier did not read the benchmark's chunks")
+
+    def compare(verb: str, ours: Callable[[], None], plain: Callable[[], None]) -> None:
+        our_seconds, plain_seconds, ratio = paired(ours, plain, rounds=rounds)
+        metrics[f"tiers.nvme.{verb}_vs_odirect_{suffix}"] = ratio
+        metrics[f"tiers.nvme.{verb}_{suffix}_gbps"] = room_bytes / our_seconds / 1e9
+        metrics[f"tiers.nvme.{verb}_odirect_{suffix}_gbps"] = room_bytes / plain_seconds / 1e9
+
+    expected = [nbytes] * BATCH
+    try:
+        put()  # the first write to each place is slower: the file system has to mark it as written
+        put()
+        compare("write", put, partial(loop.write_synced, buffers))
+        compare("write_unsynced", put, partial(loop.write, buffers))
+        compare("read", read, partial(loop.read, buffers))
+    finally:
+        loop.close()
+        tier.close()
+    return metrics

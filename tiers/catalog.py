@@ -1,0 +1,242 @@
+"""The catalog: what a volume holds, durably. LMDB, key -> fixed record; values are places, never chunks.
+
+Record, little-endian, 64 bytes: volume number u16, reserved u16 (zero), check u32, offset u64 (of the extent, from
+the start of the volume file), bytes u64, access number u64, parent key 32. `check` is the low half of the XXH3-64 of
+the key and of everything behind the check, so that a damaged record is dropped instead of believed.
+
+One environment per process, never used across fork. LMDB's own locks are off: the volume's lock keeps other processes
+out, and inside the process one thread reads it at start and one thread writes it after.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+import lmdb
+import msgspec
+import numpy as np
+
+from kvstore import kernels
+from kvstore.errors import TierError, VolumeFormatError
+from kvstore.keys import KEY_BYTES
+from kvstore.tier import IO_ALIGN
+from kvstore.tiers.extents import ExtentAllocator
+from kvstore.tiers.index import ChunkEntry
+
+_log = logging.getLogger(__name__)
+
+CATALOG_FILE = "data.mdb"
+CATALOG_VERSION = 1
+RECORD = struct.Struct("<HHIQQQ32s")
+_CHECKED = 8
+"""Where the part of a record that `check` covers begins."""
+
+_FIELDS = np.dtype(
+    [
+        ("volume", "<u2"),
+        ("zero", "<u2"),
+        ("check", "<u4"),
+        ("offset", "<u8"),
+        ("nbytes", "<u8"),
+        ("access", "<u8"),
+        ("parent", "V32"),
+    ]
+)
+
+Operation = tuple[bytes, bytes | None]
+"""(key, record) to write, (key, None) to delete."""
+
+FILL_BYTES_MIN = 1 << 20
+FILL_BYTES_MAX = 16 << 20
+
+RECORD_BYTES_ON_DISK = 512
+"""Room in the map for each record: four times what it takes in a half-full B-tree page, for pages that await reuse."""
+
+
+class _Meta(msgspec.Struct, frozen=True):
+    version: int
+    uuid: str
+
+
+class BadRecord(msgspec.Struct, frozen=True):
+    """A record that cannot be believed, and why."""
+
+    key: bytes
+    problem: str
+
+
+class Recovered(msgspec.Struct, frozen=True):
+    """What a catalog says a volume holds: the good chunks, least recently used first, and the records to drop."""
+
+    entries: list[ChunkEntry]
+    bad: list[BadRecord]
+    extents: ExtentAllocator
+
+
+def pack_record(entry: ChunkEntry) -> bytes:
+    """The record of a chunk; `entry.offset` counts from the first byte behind the superblock."""
+    record = RECORD.pack(0, 0, 0, entry.offset + IO_ALIGN, entry.nbytes, entry.access, entry.parent)
+    return _prefix(entry.key, record[_CHECKED:]) + record[_CHECKED:]
+
+
+def _prefix(key: bytes, body: bytes) -> bytes:
+    """What comes before the checked part of a record: volume 0, reserved, check."""
+    return struct.pack("<HHI", 0, 0, kernels.xxh3(key + body) & 0xFFFFFFFF)
+
+
+def recover(rows: Iterable[tuple[bytes, bytes]], volume_bytes: int) -> Recovered:
+    """Check every record of a catalog against its own check, the volume's size and all other records.
+
+    Args:
+        rows: (key, record) as they are in the catalog; untrusted bytes.
+        volume_bytes: size of the volume file, superblock included.
+
+    Records that do not add up are in `bad`; of extents that overlap, all are. `extents` is the allocator with exactly
+    the good chunks taken, so nothing can leak.
+    """
+    bad: list[BadRecord] = []
+    keys: list[bytes] = []
+    values: list[bytes] = []
+    for key, value in rows:
+        if len(key) != KEY_BYTES or len(value) != RECORD.size:
+            bad.append(BadRecord(key, f"key of {len(key)} and record of {len(value)} bytes"))
+        elif value[:_CHECKED] != _prefix(key, value[_CHECKED:]):
+            bad.append(BadRecord(key, "record is damaged (checksum)"))
+        else:
+            keys.append(key)
+            values.append(value)
+    fields = np.frombuffer(b"".join(values), dtype=_FIELDS)
+    extents = ExtentAllocator(volume_bytes - IO_ALIGN)
+    # What does not fit in 63 bits becomes negative here and is refused by the allocator.
+    refused = extents.claim_all(fields["offset"].astype(np.int64) - IO_ALIGN, fields["nbytes"].astype(np.int64))
+    refused |= fields["nbytes"] == 0
+    for at in np.flatnonzero(refused).tolist():
+        place = f"extent of {fields['nbytes'][at]} bytes at {fields['offset'][at]}"
+        bad.append(BadRecord(keys[at], f"{place} is out of range, not aligned, or overlaps another"))
+    order = np.argsort(fields["access"], kind="stable")
+    columns = [fields[name].tolist() for name in ("offset", "nbytes", "access")]
+    offsets, sizes, accesses = columns
+    entries = [
+        ChunkEntry(keys[at], offsets[at] - IO_ALIGN, sizes[at], accesses[at], values[at][-KEY_BYTES:])
+        for at in order[~refused[order]].tolist()
+    ]
+    return Recovered(entries, bad, extents)
+
+
+class Catalog:
+    """An open catalog.
+
+    Args:
+        path: the environment's directory; made if missing.
+        uuid: of the volume it belongs to.
+        entries_max: how many records it must be able to hold; sets the map's size, which bounds the file.
+
+    Raises:
+        VolumeFormatError: what is there is not a catalog of this version, or belongs to another volume.
+        TierError: it cannot be opened or made.
+    """
+
+    def __init__(self, path: Path, uuid: bytes, entries_max: int) -> None:
+        self._path = path
+        self.bytes_max = (32 << 20) + entries_max * RECORD_BYTES_ON_DISK
+        try:
+            self._environment = lmdb.open(
+                str(path), map_size=self.bytes_max, max_dbs=2, mode=0o600, lock=False, readahead=False, meminit=False
+            )
+        except (lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.CorruptedError, lmdb.PanicError) as error:
+            raise _format_error(path, error) from error
+        except lmdb.Error as error:
+            raise TierError(f"cannot open the catalog {path}: {error}") from error
+        self._page_bytes = self._environment.stat()["psize"]
+        try:
+            self._check_size()
+            self._meta = self._environment.open_db(b"meta")
+            self._records = self._environment.open_db(b"records")
+            self._check_meta(_Meta(CATALOG_VERSION, uuid.hex()))
+            self._fill()
+        except lmdb.Error as error:
+            self._environment.close()
+            raise _format_error(path, error) from error
+        except BaseException:
+            self._environment.close()
+            raise
+
+    def rows(self) -> list[tuple[bytes, bytes]]:
+        """Every (key, record), by key. Raises VolumeFormatError if the catalog is unreadable."""
+        try:
+            with self._environment.begin(db=self._records) as transaction:
+                return list(transaction.cursor())
+        except lmdb.Error as error:
+            raise _format_error(self._path, error) from error
+
+    def apply(self, operations: Iterable[Operation]) -> None:
+        """Do all operations, in order, in one transaction, and return when it is durable. Raises lmdb.Error."""
+        with self._environment.begin(db=self._records, write=True) as transaction:
+            for key, record in operations:
+                if record is None:
+                    transaction.delete(key)
+                else:
+                    transaction.put(key, record)
+        if self._used_bytes + FILL_BYTES_MIN > self._filled_bytes:
+            self._fill()
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the catalog's file now; at most `bytes_max`."""
+        return (self._path / CATALOG_FILE).stat().st_size
+
+    def close(self) -> None:
+        """Close the environment."""
+        self._environment.close()
+
+    @property
+    def _used_bytes(self) -> int:
+        """Bytes of the file up to the last page that LMDB has used."""
+        return int((self._environment.info()["last_pgno"] + 1) * self._page_bytes)
+
+    def _fill(self) -> None:
+        """Write zeros behind what LMDB uses, so that a commit finds its pages allocated.
+
+        A commit into blocks that exist already makes the file system write no metadata: measured several times faster.
+        Not essential, so a full disk is no error here; the commit that really needs the room will say so.
+        """
+        step = min(max(self._used_bytes, FILL_BYTES_MIN), FILL_BYTES_MAX)
+        end = min(self._used_bytes + FILL_BYTES_MIN + step, self.bytes_max)
+        try:
+            with (self._path / CATALOG_FILE).open("r+b", buffering=0) as file:
+                file.seek(0, os.SEEK_END)
+                if file.tell() < end:
+                    file.write(bytes(end - file.tell()))
+        except OSError as error:
+            _log.warning("cannot allocate the catalog %s ahead: %s", self._path, error)
+        self._filled_bytes = end
+
+    def _check_size(self) -> None:
+        """Refuse a file shorter than its own meta page says: touching the missing pages would kill the process."""
+        if self.file_bytes < self._used_bytes:
+            raise _format_error(self._path, f"the file has {self.file_bytes} of {self._used_bytes} bytes")
+
+    def _check_meta(self, expected: _Meta) -> None:
+        with self._environment.begin(write=True) as transaction:
+            found = transaction.get(b"volume", db=self._meta)
+            if found is None and not transaction.stat(self._records)["entries"]:
+                transaction.put(b"volume", msgspec.json.encode(expected), db=self._meta)
+                return
+        try:
+            meta = msgspec.json.decode(found or b"", type=_Meta)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise _format_error(self._path, error) from error
+        if meta.version != expected.version:
+            raise _format_error(self._path, f"catalog format {meta.version}, this build reads {expected.version}")
+        if meta.uuid != expected.uuid:
+            raise _format_error(self._path, "it belongs to another volume")
+
+
+def _format_error(path: Path, problem: object) -> VolumeFormatError:
+    return VolumeFormatError(
+        f"the catalog {path} is unusable: {problem}; `kvstore fsck --repair {path.parent}` replaces it by an empty one"
+    )

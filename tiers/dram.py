@@ -1,0 +1,310 @@
+"""The dram tier: chunks in one sealed shared-memory arena, read in place under leases by this process and others.
+
+One lock guards the bookkeeping and is never held while bytes are copied. A place is reserved first (evicting if need
+be), filled without the lock, and published last; a reader leases, copies, and releases. Bytes that somebody may still
+read or write are never given to anybody else.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from kvstore.errors import ConfigError
+from kvstore.keys import KEY_BYTES, ROOT
+from kvstore.outcome import Miss, PutStatus, Reason
+from kvstore.tier import IO_ALIGN, Entry, PutItem, ReadItem, Tier, Usage
+from kvstore.tiers.arena import Arena
+from kvstore.tiers.index import ChunkEntry
+from kvstore.tiers.leases import DramLease, DramSlot, Holdings
+from kvstore.tiers.space import ChunkSpace
+
+_EXISTED = PutStatus(stored=True, existed=True)
+_STORED = PutStatus(stored=True)
+_ABSENT = Miss(Reason.ABSENT)
+_CLOSED = "the dram tier is closed"
+
+
+class DramTier(Tier):
+    """A bounded in-memory tier; evicts the least recently used chunk that is neither leased nor pinned.
+
+    Args:
+        capacity_bytes: the hard bound, rounded down to whole pages; every chunk counts with its padding.
+        name: metric label.
+        clock: seconds, monotonic; pins and leases expire by it.
+        huge_pages: ask for huge pages; `arena.pages` says what was got.
+        prefault: back the arena with memory at once, in a thread.
+        on_evict: called without the lock, in the evicting thread, with what a put or reserve evicted; must not raise.
+
+    Raises:
+        ConfigError: the capacity is less than a page or more than the machine's memory.
+        TierError: the system has no sealable shared memory.
+    """
+
+    durable = False
+
+    def __init__(
+        self,
+        capacity_bytes: int,
+        *,
+        name: str = "dram",
+        clock: Callable[[], float] = time.monotonic,
+        huge_pages: bool = False,
+        prefault: bool = False,
+        on_evict: Callable[[list[Entry]], None] | None = None,
+    ) -> None:
+        capacity_bytes -= capacity_bytes % IO_ALIGN
+        if capacity_bytes < IO_ALIGN:
+            raise ConfigError(f"dram capacity is less than a page; give at least {IO_ALIGN} bytes")
+        self.name = name
+        self.capacity_bytes = self.chunk_bytes_max = capacity_bytes
+        self.arena = Arena(capacity_bytes, huge_pages=huge_pages, prefault=prefault)
+        self._clock = clock
+        self._on_evict = on_evict
+        self._lock = threading.Lock()
+        self._space = ChunkSpace(capacity_bytes)
+        self._holdings = Holdings()
+        self._closed = False
+        self._counters = dict.fromkeys(
+            ("evictions", "evicted_bytes", "io_errors", "leases", "leases_expired", "read_bytes", "written_bytes"), 0
+        )
+
+    def put(self, items: Sequence[PutItem]) -> list[PutStatus]:
+        """Store chunks, evicting the least recently used to make room. Raises ValueError on empty data or a bad key."""
+        for item in items:
+            _check_key(item.key, item.parent)
+            if not item.data.nbytes or not item.data.c_contiguous:
+                raise ValueError("PutItem.data is empty or not contiguous; give the bytes of one container")
+        return [self._put(item) for item in items]
+
+    def read(self, items: Sequence[ReadItem]) -> list[int | Miss]:
+        """Copy ranges of chunks into the callers' memory. Raises ValueError on a target or offset that cannot be."""
+        for item in items:
+            if not item.target.nbytes or item.target.readonly or not item.target.c_contiguous:
+                raise ValueError("ReadItem.target is empty, read-only or not contiguous; give writable memory")
+            if item.offset < 0:
+                raise ValueError(f"ReadItem.offset is {item.offset}; it must not be negative")
+        return [self._read(item) for item in items]
+
+    def sizes(self, keys: Sequence[bytes]) -> list[int | None]:
+        """Bytes of each chunk, None where there is none."""
+        with self._lock:
+            return [None if entry is None else entry.nbytes for entry in map(self._space.index.get, keys)]
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Count a use of each chunk that is there, in the given order."""
+        with self._lock:
+            for key in keys:
+                if (entry := self._space.index.get(key)) is not None:
+                    self._space.index.use(entry)
+
+    def delete(self, keys: Sequence[bytes]) -> list[bool]:
+        """Remove chunks, pinned or not; True where there was one. Bytes of a leased chunk stay until its leases end."""
+        with self._lock:
+            return [self._delete(key) for key in keys]
+
+    def pin(self, keys: Sequence[bytes], *, expires_at: float) -> list[bool]:
+        """Keep chunks from eviction until then; the longest of several pins holds. True where there was one."""
+        with self._lock:
+            entries = [self._space.index.get(key) for key in keys]
+            for entry in entries:
+                if entry is not None:
+                    self._space.index.pin(entry, expires_at)
+        return [entry is not None for entry in entries]
+
+    def unpin(self, keys: Sequence[bytes]) -> list[bool]:
+        """End pins. True where there was a pinned chunk."""
+        now = self._clock()
+        with self._lock:
+            entries = [self._space.index.get(key) for key in keys]
+            return [entry is not None and self._space.index.unpin(entry, now) for entry in entries]
+
+    def scan(self) -> Iterator[Entry]:
+        """Every stored chunk, least recently used first, as of the call."""
+        with self._lock:
+            return iter([Entry(entry.key, entry.parent, entry.nbytes) for entry in self._space.index])
+
+    def usage(self) -> Usage:
+        """What the tier holds now; leases, pins, unfinished slots and deleted chunks still leased count as pinned."""
+        with self._lock:
+            self._end_expired()
+            return self._space.usage(self._clock())
+
+    def counters(self) -> dict[str, int]:
+        """Monotonic counts since start."""
+        with self._lock:
+            return dict(self._counters)
+
+    def flush(self) -> None:
+        """Do nothing: memory gets no more durable."""
+
+    def close(self) -> None:
+        """Drop every chunk, end every lease and slot, give the memory back. Idempotent.
+
+        Memory that a view still shows stays mapped until the view is gone.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._space = ChunkSpace(self.capacity_bytes)
+            self._holdings = Holdings()
+        self.arena.close()
+
+    def lease(self, key: bytes, *, owner: str = "", ttl_seconds: float | None = None) -> DramLease | Miss:
+        """Lease a chunk in place; counts as a use. Raises ValueError unless `ttl_seconds` is None or positive."""
+        if ttl_seconds is not None and not ttl_seconds > 0:
+            raise ValueError(f"ttl_seconds is {ttl_seconds}; it must be positive, or None for a lease until released")
+        with self._lock:
+            entry = self._find(key)
+            if isinstance(entry, Miss):
+                return entry
+            return self._begin_lease(entry, owner, None if ttl_seconds is None else self._clock() + ttl_seconds)
+
+    def reserve(self, key: bytes, nbytes: int, *, parent: bytes = ROOT, owner: str = "") -> DramSlot | PutStatus:
+        """Reserve a place for a chunk, evicting if need be. Raises ValueError on a bad key or size."""
+        _check_key(key, parent)
+        if nbytes < 1:
+            raise ValueError(f"nbytes is {nbytes}; a chunk has at least one byte")
+        with self._lock:
+            outcome, evicted = self._reserve(key, nbytes, parent, owner)
+        if evicted and self._on_evict is not None:
+            self._on_evict(evicted)
+        return outcome
+
+    def release_owner(self, owner: str) -> int:
+        """End every lease and unfinished slot of an owner; answers how many."""
+        with self._lock:
+            holdings = self._holdings.of_owner(owner)
+            for holding in holdings:
+                self._revoke(holding)
+        return len(holdings)
+
+    def _put(self, item: PutItem) -> PutStatus:
+        slot = self.reserve(item.key, item.data.nbytes, parent=item.parent)
+        if isinstance(slot, PutStatus):
+            return slot
+        try:
+            np.copyto(np.frombuffer(slot.view, dtype=np.uint8), np.frombuffer(item.data, dtype=np.uint8))
+            lease = self._end_slot(slot, item.data.nbytes)
+        finally:
+            slot.abort()
+        if lease is None:
+            return PutStatus(stored=False, reason=Reason.UNAVAILABLE, detail=_CLOSED)
+        lease.release()
+        return _STORED
+
+    def _read(self, item: ReadItem) -> int | Miss:
+        with self._lock:
+            entry = self._find(item.key)
+            if isinstance(entry, Miss):
+                return entry
+            count = min(item.target.nbytes, entry.nbytes - item.offset)
+            if count <= 0:
+                return Miss(Reason.TRUNCATED, f"offset {item.offset} of a chunk of {entry.nbytes} bytes")
+            self._space.index.start_reading(entry)
+            source = self.arena.view(entry.offset + item.offset, count)
+        try:
+            target = np.frombuffer(item.target, dtype=np.uint8)
+            np.copyto(target[:count], np.frombuffer(source, dtype=np.uint8))
+        finally:
+            with self._lock:
+                if not self._closed:
+                    self._space.stop_reading(entry)
+                self._counters["read_bytes"] += count
+        return count
+
+    # From here on the lock is held, except where a method takes it.
+
+    def _find(self, key: bytes) -> ChunkEntry | Miss:
+        """The chunk, as its latest use."""
+        if self._closed:
+            return Miss(Reason.UNAVAILABLE, _CLOSED)
+        entry = self._space.index.get(key)
+        if entry is None:
+            return _ABSENT
+        self._space.index.use(entry)
+        return entry
+
+    def _delete(self, key: bytes) -> bool:
+        entry = self._space.index.get(key)
+        if entry is None:
+            return False
+        self._space.remove(entry)
+        return True
+
+    def _reserve(self, key: bytes, nbytes: int, parent: bytes, owner: str) -> tuple[DramSlot | PutStatus, list[Entry]]:
+        if self._closed:
+            return PutStatus(stored=False, reason=Reason.UNAVAILABLE, detail=_CLOSED), []
+        if (entry := self._space.index.get(key)) is not None:
+            self._space.index.use(entry)
+            return _EXISTED, []
+        if self._space.is_filling(key):
+            return PutStatus(stored=False, reason=Reason.BUSY, detail="another writer is storing this chunk"), []
+        self._end_expired()
+        place, evicted = self._space.reserve(key, nbytes, parent, self._clock())
+        if isinstance(place, Reason):
+            detail = f"chunk of {nbytes} bytes, dram tier of {self.capacity_bytes}"
+            return PutStatus(stored=False, reason=place, detail=detail), []
+        self._counters["evictions"] += len(evicted)
+        self._counters["evicted_bytes"] += sum(entry.nbytes for entry in evicted)
+        slot = DramSlot(place, self.arena.view(place.offset, self._space.padded(nbytes)), self._end_slot, owner)
+        self._holdings.add(slot)
+        return slot, evicted
+
+    def _begin_lease(self, entry: ChunkEntry, owner: str, expires_at: float | None) -> DramLease:
+        self._space.index.start_reading(entry)
+        view = self.arena.view(entry.offset, entry.nbytes).toreadonly()
+        lease = DramLease(entry, view, self._end_lease, self._clock, owner, expires_at)
+        self._holdings.add(lease)
+        self._counters["leases"] += 1
+        return lease
+
+    def _revoke(self, holding: DramLease | DramSlot) -> None:
+        """End a lease or slot in its holder's place."""
+        holding.drop()
+        self._holdings.discard(holding)
+        if isinstance(holding, DramLease):
+            holding.revoked = True
+            self._space.stop_reading(holding.entry)
+        else:
+            self._space.abandon(holding.entry)
+
+    def _end_expired(self) -> None:
+        for lease in self._holdings.expired(self._clock()):
+            self._revoke(lease)
+            self._counters["leases_expired"] += 1
+
+    def _end_lease(self, lease: DramLease) -> None:
+        """What `DramLease.release` does; takes the lock."""
+        with self._lock:
+            if lease.ended:
+                return
+            lease.drop()
+            if not self._closed:
+                self._holdings.discard(lease)
+                self._space.stop_reading(lease.entry)
+
+    def _end_slot(self, slot: DramSlot, nbytes: int | None) -> DramLease | None:
+        """What `DramSlot.commit` (with bytes) and `abort` (without) do; takes the lock."""
+        with self._lock:
+            if slot.ended or self._closed:
+                slot.drop()
+                return None
+            slot.drop()
+            self._holdings.discard(slot)
+            if nbytes is None:
+                self._space.abandon(slot.entry)
+                return None
+            self._space.publish(slot.entry, nbytes)
+            self._counters["written_bytes"] += nbytes
+            return self._begin_lease(slot.entry, slot.owner, None)
+
+
+def _check_key(key: bytes, parent: bytes) -> None:
+    for field, value in (("key", key), ("parent key", parent)):
+        if len(value) != KEY_BYTES:
+            raise ValueError(f"{field} has {len(value)} bytes; it must have {KEY_BYTES}")

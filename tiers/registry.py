@@ -1,0 +1,64 @@
+"""Kinds of tier by name: those of this package, and those that installed packages bring.
+
+A package brings one with an entry point of group `kvstore.tiers`: the kind's name, and a callable that makes the tier
+from keyword arguments (`name` and `capacity_bytes` always, `path` and others as configured).
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from kvstore.errors import ConfigError
+from kvstore.tier import Tier
+
+GROUP = "kvstore.tiers"
+
+_OWN = {
+    "dram": "kvstore.tiers.dram:DramTier",
+    "nvme": "kvstore.tiers.nvme:NvmeTier",
+}
+
+
+def _kinds() -> dict[str, EntryPoint]:
+    """Entry points by kind; a package cannot replace a kind of this one."""
+    own = {kind: EntryPoint(kind, where, GROUP) for kind, where in _OWN.items()}
+    return {entry_point.name: entry_point for entry_point in entry_points(group=GROUP)} | own
+
+
+def available() -> list[str]:
+    """The kinds there are."""
+    return sorted(_kinds())
+
+
+def open_tier(kind: str, *, name: str, capacity_bytes: int, **options: Any) -> Tier:
+    """A new tier of that kind.
+
+    Raises:
+        ConfigError: no such kind or option, or an option's value is wrong; names the nearest valid one.
+        TierError: it cannot start.
+    """
+    kinds = _kinds()
+    if kind not in kinds:
+        raise ConfigError(f"tiers.{name}.kind is {kind!r}; {_nearest(kind, list(kinds))}")
+    factory: Callable[..., Tier] = kinds[kind].load()
+    parameters = inspect.signature(factory).parameters
+    for option in options:
+        if option not in parameters:
+            known = [parameter for parameter in parameters if parameter not in ("name", "capacity_bytes")]
+            raise ConfigError(f"tiers.{name} has no option {option!r}; {_nearest(option, known)}")
+    for parameter in parameters.values():
+        if parameter.default is parameter.empty and parameter.name not in ("name", "capacity_bytes", *options):
+            raise ConfigError(f"tiers.{name}.{parameter.name} is missing; a tier of kind {kind} needs it")
+    try:
+        return factory(name=name, capacity_bytes=capacity_bytes, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"tiers.{name}: {error}") from error
+
+
+def _nearest(name: str, valid: list[str]) -> str:
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(sorted(valid))}"

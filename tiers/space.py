@@ -1,0 +1,117 @@
+"""Which chunk lies where in a fixed space of memory, and who must leave when room is needed.
+
+No locks and no bytes: the owner serialises calls and moves the data. An extent is in exactly one of four states: free;
+being filled (reserved, invisible); indexed (a chunk that can be found); orphaned (deleted while somebody still reads
+it, and freed with its last reader).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvstore.outcome import Reason
+from kvstore.tier import IO_ALIGN, Entry, Usage
+from kvstore.tiers.extents import ExtentAllocator
+from kvstore.tiers.index import ChunkEntry, ChunkIndex
+
+
+class ChunkSpace:
+    """Places for chunks within `capacity_bytes`, a positive multiple of IO_ALIGN."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self.index = ChunkIndex()
+        self._extents = ExtentAllocator(capacity_bytes, IO_ALIGN)
+        self._filling: dict[bytes, ChunkEntry] = {}
+        self._orphans: dict[int, ChunkEntry] = {}
+
+    def padded(self, nbytes: int) -> int:
+        """Bytes that a chunk of `nbytes` takes."""
+        return self._extents.padded(nbytes)
+
+    def is_filling(self, key: bytes) -> bool:
+        """True if a place is reserved for the key."""
+        return key in self._filling
+
+    def reserve(self, key: bytes, nbytes: int, parent: bytes, now: float) -> tuple[ChunkEntry | Reason, list[Entry]]:
+        """A place for a chunk that is neither indexed nor being filled, and what was evicted for it.
+
+        The least recently used leave until there is a run that long. If that cannot succeed, because what is protected
+        leaves no such run, nobody leaves and the reason is `full`.
+        """
+        if nbytes > self._extents.capacity_bytes:
+            return Reason.TOO_LARGE, []
+        evicted: list[Entry] = []
+        offset = self._extents.allocate(nbytes)
+        if offset is None:
+            if self._longest_run_bytes(now) < self.padded(nbytes):
+                return Reason.FULL, []
+            evicted = self._evict_until(self.padded(nbytes), now)
+            offset = self._extents.allocate(nbytes)
+            assert offset is not None, "evicting everything unprotected makes the longest possible run"
+        entry = ChunkEntry(key, offset, nbytes, parent=parent)
+        self._filling[key] = entry
+        return entry, evicted
+
+    def publish(self, entry: ChunkEntry, nbytes: int) -> None:
+        """Index a chunk that has been filled with `nbytes`, at most what was reserved; the rest becomes free."""
+        del self._filling[entry.key]
+        rest = self.padded(entry.nbytes) - self.padded(nbytes)
+        if rest:
+            self._extents.free(entry.offset + self.padded(nbytes), rest)
+        entry.nbytes = nbytes
+        self.index.add(entry)
+
+    def abandon(self, entry: ChunkEntry) -> None:
+        """Free a place that was reserved and will not be filled."""
+        del self._filling[entry.key]
+        self._extents.free(entry.offset, entry.nbytes)
+
+    def remove(self, entry: ChunkEntry) -> None:
+        """Forget an indexed chunk; its bytes stay until its last reader stops."""
+        self.index.remove(entry)
+        if entry.readers:
+            self._orphans[entry.offset] = entry
+        else:
+            self._extents.free(entry.offset, entry.nbytes)
+
+    def stop_reading(self, entry: ChunkEntry) -> None:
+        """End one `index.start_reading`; frees an orphan with its last reader."""
+        self.index.stop_reading(entry)
+        if not entry.readers and self._orphans.get(entry.offset) is entry:
+            del self._orphans[entry.offset]
+            self._extents.free(entry.offset, entry.nbytes)
+
+    def usage(self, now: float) -> Usage:
+        """What the space holds now; whatever cannot be evicted counts as pinned."""
+        return Usage(
+            capacity_bytes=self._extents.capacity_bytes,
+            used_bytes=self._extents.used_bytes,
+            entries=len(self.index),
+            pinned_bytes=sum(self.padded(entry.nbytes) for entry in self._fixed(now)),
+        )
+
+    def _fixed(self, now: float) -> Iterator[ChunkEntry]:
+        """Every extent that cannot be freed now."""
+        yield from self.index.protected(now)
+        yield from self._filling.values()
+        yield from self._orphans.values()
+
+    def _longest_run_bytes(self, now: float) -> int:
+        """The longest run that evicting everything evictable would leave."""
+        end = longest = 0
+        for offset, nbytes in sorted((entry.offset, entry.nbytes) for entry in self._fixed(now)):
+            longest = max(longest, offset - end)
+            end = offset + self.padded(nbytes)
+        return max(longest, self._extents.capacity_bytes - end)
+
+    def _evict_until(self, run_bytes: int, now: float) -> list[Entry]:
+        """Evict the least recently used until a free run of that length exists."""
+        victims = []
+        for entry in self.index.oldest(now):
+            self._extents.free(entry.offset, entry.nbytes)
+            victims.append(entry)
+            if self._extents.largest_free_bytes >= run_bytes:
+                break
+        for entry in victims:
+            self.index.remove(entry)
+        return [Entry(entry.key, entry.parent, entry.nbytes) for entry in victims]
