@@ -45,7 +45,8 @@ gpu-check: $(STAMP)
 
 # Two hundred rounds of kill -9 against the nvme tier and the daemon.
 chaos: $(STAMP)
-	$(BIN)/python -m pytest tests/chaos --rounds 200 $(ARGS)
+	$(BIN)/python tests/chaos/kill_nvme.py --rounds 200
+	$(BIN)/python tests/chaos/kill_daemon.py --rounds 200
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kvstore/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

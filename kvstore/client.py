@@ -9,6 +9,7 @@ the caller's mistake (a key of 31 bytes, a negative deadline).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -46,12 +47,17 @@ class Part(msgspec.Struct, frozen=True):
     `index` is the position in the list of keys. Without a miss, `header` is the chunk's and `groups` are the segments
     of each layer group in this part, ready for `Codec.decode`; their views are valid until the next step of the fetch.
     The header's hash has been verified; the segments' hashes are `decode`'s to check.
+
+    `expires_at` (time.monotonic seconds) is when the right to read the views ends. They may lie in another process's
+    memory, which nothing can take from a reader that stalls: one that finishes decoding later than that must treat the
+    chunk as missed, whatever the hashes said.
     """
 
     index: int
     miss: Miss | None = None
     header: Header | None = None
     groups: tuple[LayerSegments, ...] = ()
+    expires_at: float = math.inf
 
 
 class ChunkInfo(msgspec.Struct, frozen=True):

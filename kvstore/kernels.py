@@ -7,6 +7,7 @@ documentation), and a parity test compares them. Which one runs is decided once,
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ def _choose(wanted: str) -> tuple[ModuleType, str]:
         raise ImportError(f"KVSTORE_KERNELS is {wanted!r}; use auto, native or numpy")
     if wanted != "numpy":
         try:
-            from kvstore import _native
+            native = importlib.import_module("kvstore._native")
         except ImportError as error:
             if wanted == "native":
                 raise
@@ -38,7 +39,7 @@ def _choose(wanted: str) -> tuple[ModuleType, str]:
                 error,
             )
         else:
-            return _native, f"native ({_native.isa()})"
+            return native, f"native ({native.isa()})"
     return kernels_numpy, "numpy"
 
 

@@ -45,27 +45,27 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """A request body. Keys are 64 hexadecimal characters each."""
 
 
-class KeysRequest(Request):
+class KeysRequest(Request, frozen=True, kw_only=True):
     """lookup, head, unpin, delete."""
 
     keys: list[str]
 
 
-class PinRequest(Request):
+class PinRequest(Request, frozen=True, kw_only=True):
     """pin: keep the chunks from eviction for `ttl_seconds`."""
 
     keys: list[str]
     ttl_seconds: float
 
 
-class PrefetchRequest(Request):
+class PrefetchRequest(Request, frozen=True, kw_only=True):
     """prefetch: promote the chunks to the fastest tier."""
 
     keys: list[str]
     deadline_ms: float | None = None
 
 
-class FetchRequest(Request):
+class FetchRequest(Request, frozen=True, kw_only=True):
     """fetch: the chunks as one stream of frames."""
 
     keys: list[str]
@@ -74,7 +74,7 @@ class FetchRequest(Request):
     transport: Transport = "bytes"
 
 
-class PutEntry(Request):
+class PutEntry(Request, frozen=True, kw_only=True):
     """One container in the session's staging memory.
 
     With `nbytes` 0 nothing is read: a chunk that is there is made durable if that was asked for, else it is a miss.
@@ -86,7 +86,7 @@ class PutEntry(Request):
     parent: str = ROOT.hex()
 
 
-class PutRequest(Request):
+class PutRequest(Request, frozen=True, kw_only=True):
     """put: containers out of the session's staging memory."""
 
     chunks: list[PutEntry]
@@ -94,14 +94,14 @@ class PutRequest(Request):
     deadline_ms: float | None = None
 
 
-class FlushRequest(Request):
+class FlushRequest(Request, frozen=True, kw_only=True):
     """flush: wait until everything put so far is durable."""
 
     deadline_ms: float | None = None
 
 
 class HeadEntry(msgspec.Struct, frozen=True):
-    """What is known of a stored chunk: container bytes, tiers that hold it (fastest first), whether one of them is durable."""
+    """What is known of a stored chunk: container bytes, tiers holding it (fastest first), if one of them is durable."""
 
     nbytes: int
     tiers: tuple[str, ...]

@@ -271,7 +271,7 @@ class ClientContract(ABC):
 
         def work(seed: int) -> None:
             for step in range(6):
-                first = (seed * 5 + step) % 9
+                first = (seed * 5 + step) % 10
                 some = slice(first, first + 3)
                 chunks = [put_chunk(k, c) for k, c in zip(keys[some], containers[some], strict=True)]
                 for status in client.put(chunks):
