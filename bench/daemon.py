@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,17 +24,19 @@ class DaemonError(KVStoreError):
 
 
 class Daemon:
-    """`kvstore serve` as a child process, listening on a UNIX socket in `directory`. A context manager: starts and stops.
+    """`kvstore serve` as a child process, listening on a UNIX socket. A context manager: stops it at the end.
 
     Args:
-        directory: holds the socket, the log and the nvme tier, which outlives the process.
+        directory: holds the log and the nvme tier, which outlives the process.
         dram: capacity of the dram tier, as on the command line.
         nvme: capacity of the nvme tier; "" for none.
         flags: further flags of `kvstore serve`.
     """
 
     def __init__(self, directory: Path, *, dram: str, nvme: str = "", flags: Sequence[str] = ()) -> None:
-        self.socket = directory / "kvstore.sock"
+        # The system's temporary directory, because the path of a UNIX socket has at most 107 bytes.
+        self._socket_directory = tempfile.TemporaryDirectory(prefix="kvstore-")
+        self.socket = Path(self._socket_directory.name) / "kvstore.sock"
         self.log = directory / "kvstore.log"
         self._command = [sys.executable, "-m", "kvstore.cli", "serve", "--dram", dram, "--socket", str(self.socket)]
         if nvme:
@@ -72,7 +74,7 @@ class Daemon:
     def kill(self) -> None:
         """kill -9, and wait until it is gone. Nothing is flushed or cleaned up."""
         if self._process is not None:
-            self._process.send_signal(signal.SIGKILL)
+            self._process.kill()
             self._process.wait()
             self._process = None
 
@@ -84,8 +86,7 @@ class Daemon:
         try:
             return self._process.wait(timeout=30)
         finally:
-            self.kill() if self._process.poll() is None else None
-            self._process = None
+            self.kill()
 
     def tail(self, lines: int = 15) -> str:
         """The end of its log."""
@@ -96,3 +97,4 @@ class Daemon:
 
     def __exit__(self, *exc: object) -> None:
         self.stop()
+        self._socket_directory.cleanup()

@@ -1,10 +1,11 @@
-"""The main job, shown: a real model answers real prompts from KV that came back out of kvstore, after a daemon restart too.
+"""The main job, shown: a real model answers real prompts from KV that came back out of kvstore, after a daemon restart
+too.
 
     python -m kvstore.bench.demo
 
-Starts a daemon, runs a conversation and a document with several questions (a) without a store, (b) through it for the first
-time, (c) again, warm from memory, (d) again after kill -9 and restart, warm from disk. Every run must answer the same
-tokens as (a). Ends with everything stopped; exit code 1 if any token differs.
+Starts a daemon, runs a conversation and a document with several questions (a) without a store, (b) through it for the
+first time, (c) again, warm from memory, (d) again after kill -9 and restart, warm from disk. Every run must answer the
+same tokens as (a). Ends with everything stopped; exit code 1 if any token differs.
 """
 
 from __future__ import annotations

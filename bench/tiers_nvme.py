@@ -1,7 +1,7 @@
 """The nvme tier against a plain O_DIRECT loop: same disk, same sizes, same number of threads, in turn in one run.
 
-The anchor is what a C programmer would write first: a preallocated file, aligned memory, THREADS threads that preadv or
-pwritev one whole chunk after another. Three comparisons for each size, over batches of BATCH chunks:
+The anchor is what a C programmer would write first: a preallocated file, aligned memory, THREADS threads that preadv
+or pwritev one whole chunk after another. Three comparisons for each size, over batches of BATCH chunks:
 
     read           `Tier.read` against the loop
     write          `Tier.put` against the loop with the one fdatasync that makes its bytes durable, as `put` promises
@@ -102,7 +102,10 @@ def _measure_size(directory: Path, nbytes: int, rounds: int) -> dict[str, float]
             raise OSError("the nvme tier did not store the benchmark's chunks")
 
     def read() -> None:
-        if tier.read([ReadItem(entry.key, buffer) for entry, buffer in zip(tier.scan(), buffers, strict=True)]) != expected:
+        if (
+            tier.read([ReadItem(entry.key, buffer) for entry, buffer in zip(tier.scan(), buffers, strict=True)])
+            != expected
+        ):
             raise OSError("the nvme tier did not read the benchmark's chunks")
 
     def compare(verb: str, ours: Callable[[], None], plain: Callable[[], None]) -> None:

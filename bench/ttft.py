@@ -1,7 +1,7 @@
 """Time to first token on a random-weight model of Qwen2.5-0.5B geometry, where recomputing a prompt costs real time.
 
-Cold: the model alone. Miss: through the connector with nothing stored. Warm: the prompt's chunks come out of the daemon's
-memory, or, after kill -9 and a restart, from its disk (read with O_DIRECT, so not from the page cache).
+Cold: the model alone. Miss: through the connector with nothing stored. Warm: the prompt's chunks come out of the
+daemon's memory, or, after kill -9 and a restart, from its disk (read with O_DIRECT, so not from the page cache).
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def _measure_length(
             reused = warm.extra[0].reused_tokens
             equal &= reference.tokens == warm.tokens == from_disk.tokens
             print(
-                f"  cold {cold[-1]:.2f} s, miss {miss[-1]:.2f} s, warm dram {dram[-1]:.3f} s, warm nvme {nvme[-1]:.3f} s,"
+                f"  cold {cold[-1]:.2f} s, miss {miss[-1]:.2f} s,"
+                f" warm dram {dram[-1]:.3f} s, warm nvme {nvme[-1]:.3f} s,"
                 f" {reused} tokens reused, equal tokens: {'yes' if equal else 'no'}"
             )
     return {

@@ -1,0 +1,1 @@
+"""Engines on one side, a client on the other."""

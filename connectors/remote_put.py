@@ -58,8 +58,24 @@ class RemotePut:
         """Answer for chunks that are there already, without writing them."""
         entries = self._client.head_entries([chunk.key for chunk in self._chunks], self._deadline)
         for index, entry in enumerate(entries):
-            if entry is not None and (entry.durable or not self._durable):
+            if entry is not None:
                 self._statuses[index] = PutStatus(stored=True, durable=entry.durable, existed=True)
+        if self._durable:
+            self._make_durable([i for i, status in enumerate(self._statuses) if status is not None and not status.durable])
+
+    def _make_durable(self, indices: list[int]) -> None:
+        """Ask for the durability of chunks that are there, without their bytes; those no longer there stay to be done."""
+        if not indices:
+            return
+        chunks = [self._chunks[index] for index in indices]
+        entries = [PutEntry(key=chunk.key.hex(), parent=chunk.parent.hex()) for chunk in chunks]
+        body = PutRequest(chunks=entries, durable=True, deadline_ms=self._remaining_ms())
+        try:
+            statuses = self._client.ask("put", body, StatusesReply, deadline=self._deadline).statuses
+        except UnreachableError:
+            return
+        for index, status in zip(indices, statuses, strict=False):
+            self._statuses[index] = status if status.stored or status.reason != Reason.ABSENT else None
 
     def _put_shared(self, session: ClientSession) -> None:
         """Put what fits the staging memory, batch after batch; the rest stays to be done."""

@@ -165,6 +165,8 @@ class Store:
         if order not in ("chunk", "layer"):
             raise ConfigError(f"order is {order!r}; use chunk or layer")
         deadline = deadline_at(deadline_ms)
+        if self._closed:
+            return self._counted(Step(index, _CLOSED_MISS) for index in range(len(keys)))
         self.touch(keys)
         plan = chunk_steps if order == "chunk" else layer_steps
         steps = plan(
@@ -301,7 +303,8 @@ class Store:
             steps.close()
 
 
-_CLOSED = PutStatus(stored=False, reason=Reason.UNAVAILABLE, detail="the store is closed")
+_CLOSED_MISS = Miss(Reason.UNAVAILABLE, "the store is closed")
+_CLOSED = PutStatus(stored=False, reason=_CLOSED_MISS.reason, detail=_CLOSED_MISS.detail)
 
 
 def deadline_at(deadline_ms: float | None) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import lmdb
@@ -118,8 +118,7 @@ def recover(rows: Iterable[tuple[bytes, bytes]], volume_bytes: int) -> Recovered
         place = f"extent of {fields['nbytes'][at]} bytes at {fields['offset'][at]}"
         bad.append(BadRecord(keys[at], f"{place} is out of range, not aligned, or overlaps another"))
     order = np.argsort(fields["access"], kind="stable")
-    columns = [fields[name].tolist() for name in ("offset", "nbytes", "access")]
-    offsets, sizes, accesses = columns
+    offsets, sizes, accesses = (fields[name].tolist() for name in ("offset", "nbytes", "access"))
     entries = [
         ChunkEntry(keys[at], offsets[at] - IO_ALIGN, sizes[at], accesses[at], values[at][-KEY_BYTES:])
         for at in order[~refused[order]].tolist()
@@ -165,11 +164,11 @@ class Catalog:
             self._environment.close()
             raise
 
-    def rows(self) -> list[tuple[bytes, bytes]]:
-        """Every (key, record), by key. Raises VolumeFormatError if the catalog is unreadable."""
+    def rows(self) -> Iterator[tuple[bytes, bytes]]:
+        """Every (key, record), by key; nothing may be applied meanwhile. Raises VolumeFormatError if unreadable."""
         try:
             with self._environment.begin(db=self._records) as transaction:
-                return list(transaction.cursor())
+                yield from transaction.cursor()
         except lmdb.Error as error:
             raise _format_error(self._path, error) from error
 

@@ -99,7 +99,13 @@ class OpenVolume:
                 descriptor = io.open(path, os.O_RDWR)
             except OSError as error:
                 raise TierError(f"cannot open {path}: {error.strerror}") from error
-        return ParallelFile(io, descriptor, direct=direct, threads=options.io_threads, piece_bytes=options.piece_bytes)
+        try:
+            return ParallelFile(
+                io, descriptor, direct=direct, threads=options.io_threads, piece_bytes=options.piece_bytes
+            )
+        except ValueError:
+            io.close(descriptor)
+            raise
 
     @property
     def broken(self) -> str:

@@ -166,7 +166,7 @@ def prepare_volume(directory: Path, capacity_bytes: int, io: Io) -> Superblock:
     superblock = read_superblock(path)
     if superblock.size_bytes > capacity_bytes:
         raise TierError(
-            f"the volume {path} has {superblock.size_bytes} bytes but capacity_bytes is {capacity_bytes}; volumes do not "
+            f"the volume {path} has {superblock.size_bytes} bytes, capacity_bytes is {capacity_bytes}; volumes do not "
             f"shrink: set capacity_bytes to at least {superblock.size_bytes}, or delete {directory} to start empty"
         )
     if superblock.size_bytes < capacity_bytes:

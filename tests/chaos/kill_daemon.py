@@ -2,9 +2,10 @@
 
     python tests/chaos/kill_daemon.py --rounds 200 --seed 1
 
-A round: clients (shared memory and bytes over the socket) put and fetch at once against a daemon on the files that the round
-before has left; the daemon is killed at a random instant; no client may raise or hang; the volume is checked with fsck; the
-next daemon must serve every chunk ever acknowledged as durable. The volume is large enough that nothing is evicted.
+A round: clients (shared memory and bytes over the socket) put and fetch at once against a daemon on the files that the
+round before has left; the daemon is killed at a random instant; no client may raise or hang; the volume is checked with
+fsck; the next daemon must serve every chunk ever acknowledged as durable. The volume is large enough that nothing is
+evicted.
 """
 
 from __future__ import annotations
@@ -118,14 +119,20 @@ def check(client: Client, keys: list[bytes], tally: Tally, *, must_hit: bool) ->
 def run(directory: Path, rounds: int, seed: int) -> Tally:
     """All rounds; see the module's text."""
     tally = Tally()
-    rng = random.Random(seed)
+    with Daemon(directory, dram="4MiB", nvme="1GiB") as daemon:
+        _kill_again_and_again(daemon, directory / "nvme", rounds, random.Random(seed), tally)
+    return tally
+
+
+def _kill_again_and_again(daemon: Daemon, volume: Path, rounds: int, rng: random.Random, tally: Tally) -> None:
     durable: list[bytes] = []
     number = 0
-    daemon = Daemon(directory, dram="4MiB", nvme="1GiB")
     for _ in range(rounds):
         with daemon.start() as client:
             check(client, rng.sample(durable, min(100, len(durable))), tally, must_hit=True)
-        loads = [Load(daemon.url + suffix, number + 10**6 * i, tally) for i, suffix in enumerate(("", "?transport=bytes"))]
+        loads = [
+            Load(daemon.url + suffix, number + 10**6 * i, tally) for i, suffix in enumerate(("", "?transport=bytes"))
+        ]
         number += 10**4
         for load in loads:
             load.start()
@@ -134,15 +141,13 @@ def run(directory: Path, rounds: int, seed: int) -> Tally:
         for load in loads:
             load.stop()
             durable += load.durable
-        report = fsck.check(directory / "nvme", deep=tally.rounds % 20 == 0 or tally.rounds == rounds - 1)
+        report = fsck.check(volume, deep=tally.rounds % 20 == 0 or tally.rounds == rounds - 1)
         tally.leaked_bytes += report.leaked_bytes
         tally.fsck_problems += not report.clean
         tally.rounds += 1
         tally.acknowledged = len(durable)
     with daemon.start() as client:
         check(client, durable, tally, must_hit=True)
-    daemon.stop()
-    return tally
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,11 +2,12 @@
 
     python tests/chaos/kill_nvme.py --rounds 200 --seed 1
 
-A round: a child process opens the volume the round before has left and lets several threads put, delete, read and touch
-real containers in a volume too small for them, so that extents are evicted and reused all the time. It says on a pipe what
-it starts (S), what was acknowledged durable (P), and what it is about to evict (E) or delete (D). The parent kills it at a random
-instant, checks the volume with fsck (every record, every hash), opens it and compares every chunk with the bytes it must
-have. A chunk must be there if its put was acknowledged and no eviction or deletion of it began after that put had begun.
+A round: a child process opens the volume the round before has left and lets several threads put, delete, read and
+touch real containers in a volume too small for them, so that extents are evicted and reused all the time. It says on
+a pipe what it starts (S), what was acknowledged durable (P), and what it is about to evict (E) or delete (D). The
+parent kills it at a random instant, checks the volume with fsck (every record, every hash), opens it and compares
+every chunk with the bytes it must have. A chunk must be there if its put was acknowledged and no eviction or deletion
+of it began after that put had begun.
 """
 
 from __future__ import annotations
@@ -64,7 +65,11 @@ def contents() -> dict[bytes, bytes]:
 def work(directory: Path, chunks: dict[bytes, bytes], seed: int, pipe: int) -> None:
     """The child: never returns on its own."""
     tier = NvmeTier(
-        directory, CAPACITY_BYTES, direct_io=seed % 4 != 0, piece_bytes=4 * IO_ALIGN, evict_ahead_bytes=seed % 3 * 100_000
+        directory,
+        CAPACITY_BYTES,
+        direct_io=seed % 4 != 0,
+        piece_bytes=4 * IO_ALIGN,
+        evict_ahead_bytes=seed % 3 * 100_000,
     )
     count = tier._volume.count_evictions
 
@@ -87,7 +92,9 @@ def work(directory: Path, chunks: dict[bytes, bytes], seed: int, pipe: int) -> N
             if verb < 0.7:
                 for key in picked:
                     os.write(pipe, LINE.pack(b"S", thread, key))
-                for key, status in zip(picked, tier.put([PutItem(k, memoryview(chunks[k])) for k in picked]), strict=True):
+                for key, status in zip(
+                    picked, tier.put([PutItem(k, memoryview(chunks[k])) for k in picked]), strict=True
+                ):
                     if status.durable:
                         os.write(pipe, LINE.pack(b"P", thread, key))
             elif verb < 0.8:

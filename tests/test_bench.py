@@ -1,0 +1,35 @@
+"""Benchmarks run, small, so that they cannot rot; what they measure is for `make bench` to say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvstore import cli
+
+EXPECTED = {
+    "tiers": {"tiers.dram.get_vs_memcpy", "tiers.nvme.read_vs_odirect", "tiers.nvme.write_vs_odirect"},
+    "service": {"service.shm_fetch_vs_memcpy", "service.lookup_p50_ms", "service.http_get_vs_socket"},
+    "ttft": {"ttft.warm_vs_cold", "ttft.warm_nvme_vs_cold", "ttft.equal_tokens"},
+}
+
+
+@pytest.mark.parametrize("suite", sorted(EXPECTED))
+def test_every_suite_runs_and_reports(suite: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report_path = tmp_path / "report.json"
+    assert cli.main(["bench", suite, "--quick", "--dir", str(tmp_path), "--json", str(report_path)]) == 0
+    report = json.loads(report_path.read_text())
+    assert set(report) == {"environment", "metrics"}
+    assert report["metrics"].keys() >= EXPECTED[suite]
+    assert all(isinstance(value, (int, float)) for value in report["metrics"].values())
+    assert {"cpu", "cores", "date", "kernels", "commit"} <= report["environment"].keys()
+    assert report["metrics"].get("ttft.equal_tokens", 1) == 1
+    assert list(tmp_path.iterdir()) == [report_path], "a benchmark left files behind"
+
+
+def test_an_unknown_suite_names_the_valid_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "teirs"])
+    assert "tiers" in capsys.readouterr().err
