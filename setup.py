@@ -10,6 +10,8 @@ from setuptools import Extension, setup
 # The folders as the package sees them (kvstore/codecs is a link), so that a source archive holds each file once.
 CORE = "kvstore/native"
 CODECS = "kvstore/codecs/native"
+EXPONENTS = ("python", "loops", "fixed", "planes")
+R32 = ("python", "decode", "encode", "pack", "dispatch", "scalar", "avx2", "avx512")
 
 setup(
     ext_modules=[
@@ -21,8 +23,18 @@ setup(
                 f"{CORE}/stripes.cpp",
                 f"{CORE}/pieces.cpp",
                 f"{CODECS}/planes.cpp",
+                *(f"{CODECS}/exponents_{part}.cpp" for part in EXPONENTS),
+                *(f"{CODECS}/r32_{part}.cpp" for part in R32),
             ],
-            depends=[f"{CORE}/xxh3.h", f"{CORE}/pieces.h", f"{CODECS}/planes.h"],
+            depends=[
+                f"{CORE}/xxh3.h",
+                f"{CORE}/pieces.h",
+                f"{CODECS}/planes.h",
+                f"{CODECS}/exponents.h",
+                *(f"{CODECS}/exponents_{part}.h" for part in ("blocks", "loops", "python")),
+                f"{CODECS}/r32.h",
+                *(f"{CODECS}/r32_{part}.h" for part in ("kernels", "python", "step", "threads")),
+            ],
             include_dirs=[CORE, CODECS],
             extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"],
             language="c++",

@@ -18,10 +18,11 @@ import tempfile
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import kvstore
 from kvstore import kernels
@@ -65,14 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     say(f"kvstore {kvstore.__version__}, kernels: {kernels.NAME}")
     say(f"loading the model from {arguments.model}")
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    model.eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     prompts = make_prompts(tokenizer, model)
     with tempfile.TemporaryDirectory(prefix=".kvstore-demo-", dir=".") as directory:
         return run(model, prompts, Path(directory).resolve())
 
 
-def run(model: PreTrainedModel, prompts: list[Prompt], directory: Path) -> int:
+def run(model: Any, prompts: list[Prompt], directory: Path) -> int:
     """All four runs and the table."""
     model.generate(prompts[0].ids[:, :64], max_new_tokens=2, do_sample=False)  # warms the allocator up
     say("a) without a store: every prompt is computed from its first token")
@@ -96,7 +98,7 @@ def run(model: PreTrainedModel, prompts: list[Prompt], directory: Path) -> int:
     return 0 if equal and code == 0 else 1
 
 
-def make_prompts(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[Prompt]:
+def make_prompts(tokenizer: PreTrainedTokenizerBase, model: Any) -> list[Prompt]:
     """A growing conversation about one source file, and one document with several questions."""
     source = inspect.getsource(textwrap)
     manual = inspect.cleandoc(argparse.__doc__ or "") + "\n\n" + inspect.getsource(argparse)
@@ -119,7 +121,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     return ids
 
 
-def _through(model: PreTrainedModel, client: kvstore.Client) -> Callable[[torch.Tensor], Generated]:
+def _through(model: Any, client: kvstore.Client) -> Callable[[torch.Tensor], Generated]:
     connector = TransformersConnector(model, client)
     return lambda ids: generate(connector.generate, ids, NEW_TOKENS)
 

@@ -61,10 +61,12 @@ class RemotePut:
             if entry is not None:
                 self._statuses[index] = PutStatus(stored=True, durable=entry.durable, existed=True)
         if self._durable:
-            self._make_durable([i for i, status in enumerate(self._statuses) if status is not None and not status.durable])
+            self._make_durable(
+                [i for i, status in enumerate(self._statuses) if status is not None and not status.durable]
+            )
 
     def _make_durable(self, indices: list[int]) -> None:
-        """Ask for the durability of chunks that are there, without their bytes; those no longer there stay to be done."""
+        """Ask for the durability of chunks that are there, without their bytes; those that have gone stay to be done."""
         if not indices:
             return
         chunks = [self._chunks[index] for index in indices]

@@ -142,13 +142,17 @@ def test_nobody_there_is_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_somebody_who_accepts_and_says_nothing_is_unavailable(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        with pytest.raises(ServiceUnavailableError):
-            connect(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_ms=100)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ServiceUnavailableError):
+        connect(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_ms=100)
 
 
 @pytest.mark.parametrize(
-    "answer", [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"]
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+        b"SSH-2.0-OpenSSH\r\n",
+        b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
+    ],
 )
 def test_somebody_else_is_not_taken_for_a_daemon(answer: bytes) -> None:
     with fake_daemon(lambda _: answer) as url, pytest.raises(ServiceError, match="not a kvstore daemon"):
@@ -190,7 +194,9 @@ def test_wrong_urls_name_the_part(url: str, message: str) -> None:
 
 def test_a_stream_that_stops_in_the_middle_misses_the_rest() -> None:
     container = sample_container(sample_key(0))
-    good = encode_frame(Frame(kind="open")) + encode_frame(Frame(kind="chunk", payload_bytes=len(container))) + container
+    good = (
+        encode_frame(Frame(kind="open")) + encode_frame(Frame(kind="chunk", payload_bytes=len(container))) + container
+    )
     for stream in (good, good[:-10], good + b"\xff\xff\xff\xff", good + encode_frame(Frame(kind="chunk", index=7))):
         with fake_daemon(answering(stream)) as url, connect(url) as client:
             first, *rest = client.fetch(sample_keys(3))

@@ -31,7 +31,7 @@ class _Canned:
         self._data = data
 
     def makefile(self, _mode: str) -> io.BufferedReader:
-        return io.BufferedReader(io.BytesIO(self._data))  # type: ignore[arg-type]
+        return io.BufferedReader(io.BytesIO(self._data))
 
 
 def chunk_stream() -> bytes:
@@ -40,7 +40,9 @@ def chunk_stream() -> bytes:
     for index in (0, 2):
         frame = Frame(kind="chunk", index=index, payload_bytes=len(CONTAINERS[index]))
         stream += encode_frame(frame) + CONTAINERS[index]
-    return stream + encode_frame(Frame(kind="miss", index=1, miss=Miss(Reason.ABSENT))) + encode_frame(Frame(kind="end"))
+    return (
+        stream + encode_frame(Frame(kind="miss", index=1, miss=Miss(Reason.ABSENT))) + encode_frame(Frame(kind="end"))
+    )
 
 
 def layer_stream() -> bytes:
@@ -55,7 +57,9 @@ def layer_stream() -> bytes:
                 kind="layers", index=index, group=group, groups=1, header_bytes=len(head), payload_bytes=len(body)
             )
             stream += encode_frame(frame) + body
-    return stream + encode_frame(Frame(kind="miss", index=1, miss=Miss(Reason.ABSENT))) + encode_frame(Frame(kind="end"))
+    return (
+        stream + encode_frame(Frame(kind="miss", index=1, miss=Miss(Reason.ABSENT))) + encode_frame(Frame(kind="end"))
+    )
 
 
 STREAMS = [chunk_stream(), layer_stream()]
@@ -78,7 +82,9 @@ def read(stream: bytes) -> tuple[dict[int, bytes], set[int]]:
             target = targets.setdefault(part.index, bytearray(spec.chunk_bytes(tokens)))
             try:
                 for group in part.groups:
-                    registry.get(part.header.codec, part.header.profile).decode(group, spec.arrays(target, tokens), spec)
+                    registry.get(part.header.codec, part.header.profile).decode(
+                        group, spec.arrays(target, tokens), spec
+                    )
             except ContainerError:
                 missed.add(part.index)
     except (ServiceError, OSError, http.client.HTTPException):
@@ -156,5 +162,3 @@ def test_frame_headers_are_frames_or_errors(data: bytes) -> None:
     except ServiceError:
         return
     assert msgspec.json.decode(msgspec.json.encode(frame), type=Frame) == frame
-
-

@@ -18,6 +18,7 @@ from kvstore import protocol
 from kvstore.config import ServiceConfig
 from kvstore.errors import ConfigError
 from kvstore.keys import ROOT
+from kvstore.outcome import Miss, PutStatus
 from kvstore.service import app as service_app
 from kvstore.service import metrics
 from kvstore.service.auth import Gate, read_token
@@ -161,7 +162,9 @@ def test_an_unknown_field_is_refused_with_the_nearest_one(server: ServerThread) 
 
 def test_a_put_without_a_length_is_refused(server: ServerThread) -> None:
     with socket.create_connection(("127.0.0.1", server.server.port), 20) as raw:
-        raw.sendall(f"PUT {chunk_path(1)} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode())
+        raw.sendall(
+            f"PUT {chunk_path(1)} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode()
+        )
         assert raw.recv(100).startswith(b"HTTP/1.1 411")
 
 
@@ -176,7 +179,11 @@ def test_a_put_whose_sender_leaves_gives_its_place_back(server: ServerThread) ->
 
 
 def test_garbage_instead_of_http_harms_nobody(server: ServerThread) -> None:
-    for garbage in (b"\x16\x03\x01\x02\x00\x01", b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/lookup HTTP/1.1\r\nContent-Length: -5\r\n\r\n"):
+    for garbage in (
+        b"\x16\x03\x01\x02\x00\x01",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /v1/lookup HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
+    ):
         with socket.create_connection(("127.0.0.1", server.server.port), 20) as raw:
             raw.sendall(garbage)
             raw.shutdown(socket.SHUT_WR)
@@ -235,7 +242,12 @@ def test_a_token_is_needed_on_tcp_only(tmp_path: Path) -> None:
     token_file.write_text(TOKEN + "\n")
     token_file.chmod(0o600)
     with ServerThread(small_store(tmp_path, nvme=""), ServiceConfig(token_file=str(token_file))) as server:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {TOKEN}"}, {"Authorization": "Bearer"}):
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": f"Basic {TOKEN}"},
+            {"Authorization": "Bearer"},
+        ):
             refused = ask(server, "POST", "/v1/lookup", {"keys": []}, headers=headers)
             assert (refused.status, refused.code()) == (401, "unauthorised")
             assert ask(server, "GET", "/metrics", headers=headers).status == 401
@@ -250,7 +262,13 @@ def test_a_token_is_needed_on_tcp_only(tmp_path: Path) -> None:
 
 
 def test_a_request_for_another_host_is_refused(server: ServerThread) -> None:
-    for host, status in (("evil.example", 403), ("evil.example:80", 403), ("localhost:1", 200), ("[::1]:1", 200), ("", 403)):
+    for host, status in (
+        ("evil.example", 403),
+        ("evil.example:80", 403),
+        ("localhost:1", 200),
+        ("[::1]:1", 200),
+        ("", 403),
+    ):
         assert ask(server, "GET", "/health", headers={"Host": host}).status == status, host
 
 
@@ -316,8 +334,8 @@ def test_the_openapi_document_is_what_is_served(server: ServerThread) -> None:
     }
     assert described == {(route.method, route.path) for route in service_app.ROUTES}
     schemas = document["components"]["schemas"]
-    structs = [*protocol.Request.__subclasses__(), protocol.HeadEntry, protocol.HeadReply, protocol.StatusesReply]
-    structs += [protocol.FoundReply, protocol.FlushReply, protocol.InfoReply, protocol.PutStatus, protocol.Miss]
+    structs: list[type[msgspec.Struct]] = [*protocol.Request.__subclasses__(), protocol.HeadEntry, protocol.HeadReply]
+    structs += [protocol.StatusesReply, protocol.FoundReply, protocol.FlushReply, protocol.InfoReply, PutStatus, Miss]
     for struct in structs:
         schema = schemas[struct.__name__]
         assert set(schema["properties"]) == set(struct.__struct_fields__), struct.__name__
@@ -354,4 +372,3 @@ def big_container() -> bytes:
 def fetch_request(keys: list[bytes]) -> bytes:
     body = msgspec.json.encode({"keys": [key.hex() for key in keys]})
     return b"POST /v1/fetch HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
-

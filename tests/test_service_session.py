@@ -142,7 +142,13 @@ def test_a_put_outside_the_staging_memory_is_refused(server: ServerThread) -> No
         remote = cast(RemoteClient, client)
         session = remote.session()
         assert session is not None
-        for offset, nbytes in ((len(session.staging), 1), (-1, 1), (0, len(session.staging) + 1), (0, -1), (2**62, 2**62)):
+        for offset, nbytes in (
+            (len(session.staging), 1),
+            (-1, 1),
+            (0, len(session.staging) + 1),
+            (0, -1),
+            (2**62, 2**62),
+        ):
             body = {"chunks": [{"key": sample_key(1).hex(), "offset": offset, "nbytes": nbytes}]}
             refused = post(server, "/v1/put", body, session.name)
             assert refused["error"]["code"] == "invalid"
@@ -312,8 +318,8 @@ def post(server: ServerThread, path: str, body: object, session: str) -> Any:
     with socket.socket(socket.AF_UNIX) as raw:
         raw.settimeout(20)
         raw.connect(server.socket_path)
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nX-KVStore-Session: {session}\r\nContent-Length: {len(data)}\r\n"
-        raw.sendall(head.encode() + b"Connection: close\r\n\r\n" + data)
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX-KVStore-Session: {session}\r\n"
+        raw.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data)
         answer = b""
         while more := raw.recv(65536):
             answer += more

@@ -8,8 +8,10 @@
 #include <new>
 #include <vector>
 
+#include "exponents_python.h"
 #include "planes.h"
 #include "pieces.h"
+#include "r32_python.h"
 #include "xxh3.h"
 
 namespace {
@@ -211,7 +213,9 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef_Slot slots[] = {{0, nullptr}};
+PyModuleDef_Slot slots[] = {{Py_mod_exec, reinterpret_cast<void*>(kvstore::r32::add_to_module)},
+                            {Py_mod_exec, reinterpret_cast<void*>(kvstore::exponents::add_to_module)},
+                            {0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "kvstore._native", "Byte-moving kernels in C++; see kvstore.kernels.",
                           0, methods, slots, nullptr, nullptr, nullptr};
