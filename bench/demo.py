@@ -34,6 +34,7 @@ from kvstore.sizes import format_bytes
 
 MODEL = Path(__file__).resolve().parents[1] / "tests" / "models" / "text"
 DOCUMENT_TOKENS = 1536
+ANSWER_TOKENS = 128
 NEW_TOKENS = 24
 
 QUESTIONS = (
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # more cost more than they bring on a model this small, most of all on a busy machine
     say(f"kvstore {kvstore.__version__}, kernels: {kernels.NAME}")
     say(f"loading the model from {arguments.model}")
     model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
@@ -107,7 +109,9 @@ def make_prompts(tokenizer: PreTrainedTokenizerBase, model: Any) -> list[Prompt]
     for number, turn in enumerate(TURNS, 1):
         history = torch.cat([history, _ids(tokenizer, turn)], dim=1)
         prompts.append(Prompt(f"conversation, turn {number}", history))
-        answer = model.generate(history, attention_mask=torch.ones_like(history), max_new_tokens=256, do_sample=False)
+        answer = model.generate(
+            history, attention_mask=torch.ones_like(history), max_new_tokens=ANSWER_TOKENS, do_sample=False
+        )
         history = answer
     document = _ids(tokenizer, manual)[:, :DOCUMENT_TOKENS]
     for number, question in enumerate(QUESTIONS, 1):

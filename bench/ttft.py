@@ -35,7 +35,7 @@ def measure(directory: Path, quick: bool) -> dict[str, float]:
 
 
 def half_billion_model(*, layers: int = 24) -> Any:
-    """Random weights in the shape of Qwen2.5-0.5B (24 layers, 14 heads, 2 KV heads of 64), bfloat16; a PreTrainedModel."""
+    """A PreTrainedModel: random weights in the shape of Qwen2.5-0.5B (24 layers, 2 KV heads of 64), bfloat16."""
     config = Qwen2Config(
         vocab_size=151936,
         hidden_size=896,

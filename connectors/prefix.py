@@ -187,6 +187,8 @@ class PrefixStore:
         arrays = memory.writable(start, start + meta.tokens)
         for group in part.groups:
             codec.decode(group, arrays, self.spec)
+        if time.monotonic() > part.expires_at:
+            raise ContainerError(Reason.DEADLINE, "the lease on the chunk's bytes expired while they were read")
         memory.commit(start, start + meta.tokens)
         return header
 

@@ -190,25 +190,6 @@ class Pool:
         self._slots = threading.BoundedSemaphore(CONNECTIONS_MAX)
         self._closed = False
 
-    def call(
-        self,
-        method: str,
-        path: str,
-        body: Buffer | None = None,
-        *,
-        deadline: float,
-        headers: Mapping[str, str] | None = None,
-    ) -> bytes:
-        """The body of a 2xx answer. Raises UnreachableError for anything else."""
-        connection, answer = self.open(method, path, body, deadline=deadline, headers=headers)
-        try:
-            data = answer.read()
-        except (OSError, http.client.HTTPException) as error:
-            self.drop(connection)
-            raise unreachable(error) from error
-        self.give_back(connection, answer)
-        return data
-
     def open(
         self,
         method: str,
@@ -244,6 +225,16 @@ class Pool:
         if not 200 <= answer.status < 300:
             self._raise_refusal(connection, answer)
         return connection, answer
+
+    def finish(self, connection: Connection, answer: http.client.HTTPResponse) -> bytes:
+        """The rest of an answer; the connection is given back. Raises UnreachableError."""
+        try:
+            data = answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            self.drop(connection)
+            raise unreachable(error) from error
+        self.give_back(connection, answer)
+        return data
 
     def give_back(self, connection: Connection, answer: http.client.HTTPResponse) -> None:
         """Keep a connection whose answer has been read whole."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import select
 import socket
 import threading
 import time
@@ -43,7 +44,9 @@ class ClientSession:
 
     def __init__(self, socket_path: str, *, timeout_seconds: float) -> None:
         self.staging_lock = threading.Lock()
-        self.alive = True
+        self._lock = threading.Lock()
+        self._readers = 0
+        self._alive = True
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._socket.settimeout(timeout_seconds)
@@ -63,17 +66,44 @@ class ClientSession:
         # An acknowledgement that does not fit the socket's buffer means that the daemon has stopped reading.
         self._socket.settimeout(1.0)
 
+    @property
+    def alive(self) -> bool:
+        """False once the daemon has ended the session, or this side has."""
+        with self._lock:
+            if self._alive:
+                # The daemon sends nothing after the handshake: if there is something to read, it is the end.
+                poll = select.poll()
+                poll.register(self._socket, select.POLLIN)
+                self._alive = not poll.poll(0)
+            return self._alive
+
+    def begin_reading(self) -> bool:
+        """Keep the session open until `end_reading`; False if it has ended already."""
+        with self._lock:
+            self._readers += self._alive
+            return self._alive
+
+    def end_reading(self) -> None:
+        """Undo `begin_reading`."""
+        with self._lock:
+            self._readers -= 1
+            if not self._alive and not self._readers:
+                self._socket.close()
+
     def acknowledge(self, fetch: int, frames: int = ACK_ALL) -> None:
         """Tell the daemon that `frames` frames of a fetch are done with; by default that no more are wanted."""
         try:
             self._socket.send(ACK.pack(fetch, frames))
         except OSError:
-            self.alive = False
+            with self._lock:
+                self._alive = False
 
     def close(self) -> None:
-        """End the session; views of the arena stay readable as long as they are referenced, but no longer leased."""
-        self.alive = False
-        self._socket.close()
+        """Use the session for nothing new; it ends once nobody reads under its leases any more. Idempotent."""
+        with self._lock:
+            self._alive = False
+            if not self._readers:
+                self._socket.close()
 
     def _receive_hello(self) -> SessionHello:
         data, fds, _, _ = socket.recv_fds(self._socket, SESSION_MESSAGE_BYTES_MAX, 1)

@@ -60,11 +60,11 @@ class Putter:
         self._behind = behind
         self._counters = counters
 
-    def put(self, items: Sequence[PutItem], *, durable: bool, deadline: float, owner: str) -> list[PutStatus]:
+    def put(self, items: Sequence[PutItem], *, durable: bool, deadline: float) -> list[PutStatus]:
         """Copy and verify containers in one pass each; what does not verify is refused with the reason."""
         pending: list[PendingPut] = []
         for item in items:
-            place = self.reserve(item.key, len(item.data), parent=item.parent, durable=durable, owner=owner)
+            place = self.reserve(item.key, len(item.data), parent=item.parent, durable=durable)
             if not isinstance(place, Place):
                 pending.append(place)
                 continue
@@ -81,7 +81,7 @@ class Putter:
         return [self.settle(status, deadline) for status in pending]
 
     def reserve(
-        self, key: bytes, nbytes_max: int, *, parent: bytes = ROOT, durable: bool = False, owner: str = ""
+        self, key: bytes, nbytes_max: int, *, parent: bytes = ROOT, durable: bool = False
     ) -> Place | PendingPut:
         """A place for a container of at most `nbytes_max` bytes, or the answer when there is nothing to write."""
         existing = self._existing(key, durable=durable)
@@ -90,7 +90,7 @@ class Putter:
             return existing
         memory = self._promoter.memory
         if memory is not None:
-            slot = cast(SupportsLease, memory).reserve(key, nbytes_max, parent=parent, owner=owner)
+            slot = cast(SupportsLease, memory).reserve(key, nbytes_max, parent=parent)
             if not isinstance(slot, PutStatus):
                 return Place(memory.name, nbytes_max, slot, None)
             if slot.reason != Reason.TOO_LARGE:

@@ -97,7 +97,7 @@ class Store:
     # -- put ---------------------------------------------------------------------------------------------------------
 
     def put(
-        self, items: Sequence[PutItem], *, durable: bool = False, deadline_ms: float | None = None, owner: str = ""
+        self, items: Sequence[PutItem], *, durable: bool = False, deadline_ms: float | None = None
     ) -> list[PutStatus]:
         """Store containers given as bytes: each is copied and verified in one pass. One status an item.
 
@@ -107,10 +107,10 @@ class Store:
             return [_CLOSED] * len(items)
         for item in items:
             _check_key(item.key)
-        return self._putter.put(items, durable=durable, deadline=deadline_at(deadline_ms), owner=owner)
+        return self._putter.put(items, durable=durable, deadline=deadline_at(deadline_ms))
 
     def reserve(
-        self, key: bytes, nbytes_max: int, *, parent: bytes = ROOT, durable: bool = False, owner: str = ""
+        self, key: bytes, nbytes_max: int, *, parent: bytes = ROOT, durable: bool = False
     ) -> Place | PendingPut:
         """A place for the caller to write a container into, to be followed by `publish` or the place's `abort`.
 
@@ -119,7 +119,7 @@ class Store:
         _check_key(key)
         if self._closed:
             return _CLOSED
-        return self._putter.reserve(key, nbytes_max, parent=parent, durable=durable, owner=owner)
+        return self._putter.reserve(key, nbytes_max, parent=parent, durable=durable)
 
     def publish(
         self, place: Place, key: bytes, parent: bytes, nbytes: int, *, durable: bool, deadline: float

@@ -20,8 +20,9 @@ from kvstore.bench.daemon import Daemon
 from kvstore.client import Order
 from kvstore.config import ServiceConfig
 from kvstore.connect import connect
-from kvstore.connectors.remote import CONTROL_SECONDS, RemoteClient
+from kvstore.connectors.remote import RemoteClient
 from kvstore.connectors.remote_http import parse_url
+from kvstore.connectors.remote_link import CONTROL_SECONDS
 from kvstore.errors import ConfigError, ServiceError, ServiceUnavailableError
 from kvstore.outcome import Reason
 from kvstore.protocol import Frame, encode_frame
@@ -116,11 +117,11 @@ def test_kept_connections_that_the_daemon_closed_are_replaced(tmp_path: Path) ->
         put_samples(client, [sample_key(1)])
         runner = server.server._runner
         assert runner is not None
-        assert runner.server is not None
-        for connection in list(runner.server.connections):
+        http_server = runner.server
+        assert http_server is not None
+        for connection in list(http_server.connections):
             server._loop.call_soon_threadsafe(connection.force_close)
-            transport = cast(Any, connection).transport
-            server._loop.call_soon_threadsafe(transport.close)
+        assert eventually(lambda: not http_server.connections)
         assert client.lookup([sample_key(1)]).chunks == 1
 
 

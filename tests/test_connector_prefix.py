@@ -123,6 +123,10 @@ def test_a_lossy_chunk_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(loaded.stop) == "unknown_codec (codec 'raw' is lossy; only exact chunks are reused)"
 
 
+def _expired(part: Part) -> Part:
+    return Part(part.index, None, part.header, part.groups, expires_at=0.0)
+
+
 def _then_raise(parts: list[Part]) -> Iterator[Part]:
     yield parts[0]
     raise OSError("cable pulled")
@@ -148,6 +152,7 @@ def _close_badly(parts: list[Part]) -> Iterator[Part]:
         (lambda parts: iter([Part(0, header=parts[0].header)]), 0, Reason.MALFORMED),
         (lambda parts: iter([Part(0)]), 0, Reason.MALFORMED),
         (lambda parts: iter([parts[0], Part(1, miss=Miss(Reason.BUSY))]), 1, Reason.BUSY),
+        (lambda parts: iter([parts[0], _expired(parts[1])]), 1, Reason.DEADLINE),
         (_then_raise, 1, Reason.UNAVAILABLE),
         (lambda parts: None, 0, Reason.UNAVAILABLE),
     ],
@@ -162,6 +167,7 @@ def _close_badly(parts: list[Part]) -> Iterator[Part]:
         "no segments",
         "empty part",
         "miss",
+        "lease expired",
         "raises",
         "no iterator",
     ],

@@ -45,6 +45,16 @@ class Answer(msgspec.Struct):
         return str(error["code"])
 
 
+@pytest.fixture(autouse=True)
+def nothing_goes_wrong_unnoticed(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Nothing a client does may be an error of the daemon's."""
+    yield
+    errors = [
+        record for when in ("setup", "call") for record in caplog.get_records(when) if record.levelname == "ERROR"
+    ]
+    assert not errors, [record.getMessage() for record in errors]
+
+
 def ask(
     server: ServerThread, method: str, path: str, body: object = None, *, headers: dict[str, str] | None = None
 ) -> Answer:
@@ -158,6 +168,14 @@ def test_an_unknown_field_is_refused_with_the_nearest_one(server: ServerThread) 
     assert answer.status == 400
     assert answer.json()["error"]["field"] == "dedline_ms"
     assert "did you mean 'deadline_ms'?" in answer.json()["error"]["message"]
+
+
+def test_long_lists_of_keys_are_answered_too(tmp_path: Path) -> None:
+    keys = [sample_key(1).hex()] * 5000
+    with ServerThread(small_store(tmp_path, nvme="")) as server:
+        ask(server, "PUT", chunk_path(1), sample_container(sample_key(1)))
+        assert len(ask(server, "POST", "/v1/lookup", {"keys": keys}).json()["tiers"]) == 5000
+        assert len(ask(server, "POST", "/v1/head", {"keys": keys}).json()["chunks"]) == 5000
 
 
 def test_a_put_without_a_length_is_refused(server: ServerThread) -> None:

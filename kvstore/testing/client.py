@@ -145,6 +145,12 @@ class ClientContract(ABC):
             client.put([put_chunk(sample_key(1), container)])
             assert collect(client.fetch([sample_key(1)], order=order), [container]) == {0: None}
 
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_many_chunks_at_once(self, client: Client, order: Order) -> None:
+        keys = sample_keys(300)
+        containers = put_samples(client, keys)
+        assert collect(client.fetch(keys, order=order), containers) == dict.fromkeys(range(300))
+
     def test_nothing_asked_for_is_nothing_answered(self, client: Client) -> None:
         assert not client.put([])
         assert not client.head([])
