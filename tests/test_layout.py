@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -124,3 +127,9 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     modules = {path.relative_to(ROOT).as_posix() for path in SOURCES}
     assert {f"kvstore/{name}" if name.split("/")[0] in LINKS else name for name in modules} <= names
     assert {"kvstore/py.typed", "kvstore/_native.pyi"} <= names
+
+
+def test_the_extension_was_built_where_there_is_a_compiler() -> None:
+    if shutil.which("g++") is None or not Path(sysconfig.get_path("include"), "Python.h").exists():
+        pytest.skip("needs g++ and the Python headers; without them the NumPy kernels are what is wanted")
+    importlib.import_module("kvstore._native")
