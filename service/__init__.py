@@ -1,0 +1,1 @@
+"""The daemon: HTTP, shared-memory sessions, metrics. Every decision is the core's."""

@@ -1,0 +1,96 @@
+"""Request bodies into checked values: strict JSON, bounded key lists, deadlines."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import time
+from collections.abc import Sequence
+from typing import TypeVar
+
+import msgspec
+from aiohttp import web
+
+from kvstore.client import DEADLINE_MS_DEFAULT
+from kvstore.errors import ConfigError
+from kvstore.keys import ROOT
+from kvstore.protocol import Request, parse_keys
+from kvstore.service.refusal import RefusalError
+
+DEADLINE_MS_MAX = 3_600_000.0
+
+T = TypeVar("T", bound=Request)
+
+_UNKNOWN_FIELD = re.compile(r"unknown field `(.*)`")
+_DECODERS: dict[type[Request], msgspec.json.Decoder[Request]] = {}
+
+
+async def read_body(request: web.Request, kind: type[T]) -> T:
+    """The request's JSON body as a `kind`.
+
+    Raises:
+        RefusalError: 400 if it is not one, with the nearest valid name of an unknown field; 413 if too large.
+    """
+    try:
+        data = await request.read()
+    except web.HTTPRequestEntityTooLarge as error:
+        raise RefusalError(
+            413, "too_large", f"the request body is larger than {request.client_max_size} bytes"
+        ) from error
+    return decode_body(data or b"{}", kind)
+
+
+def decode_body(data: bytes, kind: type[T]) -> T:
+    """Like `read_body`, of bytes."""
+    decoder = _DECODERS.setdefault(kind, msgspec.json.Decoder(kind))
+    try:
+        body = decoder.decode(data)
+    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        unknown = _UNKNOWN_FIELD.search(str(error))
+        if unknown is None:
+            raise RefusalError(400, "invalid", f"request body: {error}") from error
+        names = kind.__struct_fields__
+        near = difflib.get_close_matches(unknown[1], names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid are: {', '.join(names)}"
+        raise RefusalError(400, "invalid", f"unknown field {unknown[1]!r:.80}; {hint}", unknown[1][:80]) from error
+    assert isinstance(body, kind)
+    return body
+
+
+def keys_of(texts: Sequence[str], keys_max: int) -> list[bytes]:
+    """The keys of a request. Raises RefusalError: 413 for too many, 400 for one that is no key."""
+    if len(texts) > keys_max:
+        raise RefusalError(413, "too_large", f"{len(texts)} keys; a request has at most {keys_max}", "keys")
+    try:
+        return parse_keys(texts)
+    except ConfigError as error:
+        raise RefusalError(400, "invalid", str(error), "keys") from error
+
+
+def key_of(text: str, field: str = "key") -> bytes:
+    """One key. Raises RefusalError (400) if it is none."""
+    try:
+        return parse_keys([text], field)[0]
+    except ConfigError as error:
+        raise RefusalError(400, "invalid", str(error), field) from error
+
+
+def parent_of(text: str | None) -> bytes:
+    """The parent key of a put; the root if none is given."""
+    return key_of(text, "parent") if text is not None else ROOT
+
+
+def deadline_of(deadline_ms: float | None) -> float:
+    """time.monotonic seconds of a request's deadline. Raises RefusalError (400) if it is no duration."""
+    if deadline_ms is None:
+        deadline_ms = DEADLINE_MS_DEFAULT
+    if not 0 <= deadline_ms <= DEADLINE_MS_MAX:
+        raise RefusalError(
+            400, "invalid", f"deadline_ms is {deadline_ms}; it must be in 0..{DEADLINE_MS_MAX:.0f}", "deadline_ms"
+        )
+    return time.monotonic() + deadline_ms / 1000
+
+
+def remaining_ms(deadline: float) -> float:
+    """Milliseconds until `deadline` (time.monotonic seconds), at least 0."""
+    return max(0.0, (deadline - time.monotonic()) * 1000)

@@ -1,0 +1,65 @@
+"""What the handlers share: the store, the bounds, the sessions."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from kvstore.config import ServiceConfig
+from kvstore.service.auth import Gate, read_token
+from kvstore.service.limits import Inflight, Workers
+from kvstore.service.metrics import Metrics
+from kvstore.service.refusal import RefusalError
+from kvstore.service.session import Session, SessionServer, SharedMemory
+from kvstore.sizes import parse_bytes
+from kvstore.store import Store
+
+
+class Daemon:
+    """A store being served.
+
+    Args:
+        store: every decision is its.
+        config: the bounds.
+
+    Raises:
+        ConfigError: the token file cannot be used, or is missing where one is needed.
+    """
+
+    def __init__(self, store: Store, config: ServiceConfig) -> None:
+        self.store = store
+        self.config = config
+        self.request_bytes_max = parse_bytes(config.request_bytes_max, "service.request_bytes_max")
+        self.gate = Gate(read_token(config.token_file) if config.token_file else None, config.host)
+        self.inflight = Inflight(config.inflight_max)
+        self.workers = Workers(config.inflight_max)
+        self.sessions = self._session_server()
+        self.metrics = Metrics(
+            store.stats,
+            inflight=lambda: self.inflight.requests,
+            sessions=lambda: len(self.sessions) if self.sessions is not None else 0,
+        )
+
+    @property
+    def memory_name(self) -> str:
+        """Name of the tier whose arena clients map; "" if there is none."""
+        return self.store.memory.name if self.store.memory is not None else ""
+
+    def session(self, name: str | None) -> Session:
+        """The session a request names. Raises RefusalError (409) if there is none."""
+        if self.sessions is None:
+            raise RefusalError(409, "no_session", "this daemon shares no memory; use transport bytes")
+        return self.sessions.get(name)
+
+    def _session_server(self) -> SessionServer | None:
+        arena: SharedMemory | None = getattr(self.store.memory, "arena", None)
+        if arena is None or not self.config.socket:
+            return None
+        return SessionServer(
+            self.store,
+            arena,
+            staging_bytes_max=parse_bytes(self.config.session_staging_bytes_max, "service.session_staging_bytes_max"),
+            lease_ttl_seconds=self.config.lease_ttl_seconds,
+        )
+
+
+DAEMON = web.AppKey("DAEMON", Daemon)

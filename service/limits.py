@@ -1,0 +1,84 @@
+"""Bounds of what the daemon does at once. Nothing queues: what does not fit is refused, to be tried again."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+from kvstore.service.refusal import RefusalError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+DEADLINE_GRACE_SECONDS = 0.2
+"""A verb gets this long beyond its deadline to say what became of each chunk, before the daemon answers for it."""
+
+
+class Inflight:
+    """Counts requests; refuses those beyond `requests_max`. Used on the event loop only."""
+
+    def __init__(self, requests_max: int) -> None:
+        self.requests_max = requests_max
+        self.requests = 0
+        self.draining = False
+
+    @contextmanager
+    def admit(self) -> Iterator[None]:
+        """Count one request. Raises RefusalError (503) if there are too many or the daemon is stopping."""
+        if self.draining:
+            raise RefusalError(503, "unavailable", "the daemon is stopping")
+        if self.requests >= self.requests_max:
+            raise RefusalError(503, "busy", f"{self.requests} requests are being served; try again later")
+        self.requests += 1
+        try:
+            yield
+        finally:
+            self.requests -= 1
+
+
+class Workers:
+    """Threads for verbs that may block. A job either has a thread or is refused; there is no queue.
+
+    A job that outlives its deadline keeps its thread until it ends, and is counted until then.
+    """
+
+    def __init__(self, threads_max: int) -> None:
+        self.threads_max = threads_max
+        self.jobs = 0
+        # Twice the threads: what a request leaves behind (closing a fetch) must never wait for a request.
+        self._pool = ThreadPoolExecutor(2 * threads_max, thread_name_prefix="kvstore-request")
+
+    def start(self, job: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
+        """Start a job. Raises RefusalError (503) if every thread is taken."""
+        if self.jobs >= self.threads_max:
+            raise RefusalError(503, "busy", "every worker is busy; try again later")
+        self.jobs += 1
+        future = asyncio.get_running_loop().run_in_executor(self._pool, functools.partial(job, *args, **kwargs))
+        future.add_done_callback(self._done)
+        return future
+
+    async def run(self, deadline: float, job: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """The job's result. Raises RefusalError (504) if there is none soon after `deadline` (time.monotonic)."""
+        future = self.start(job, *args, **kwargs)
+        done, _ = await asyncio.wait({future}, timeout=max(0.0, deadline - time.monotonic()) + DEADLINE_GRACE_SECONDS)
+        if not done:
+            raise RefusalError(504, "deadline", "not done by the deadline")
+        return future.result()
+
+    def leave(self, job: Callable[[], object]) -> None:
+        """Run a clean-up in the background; never refused."""
+        self._pool.submit(job)
+
+    def close(self, *, wait: bool) -> None:
+        """End the threads, once their jobs have ended."""
+        self._pool.shutdown(wait=wait)
+
+    def _done(self, future: asyncio.Future[R]) -> None:
+        self.jobs -= 1
+        if not future.cancelled():
+            future.exception()  # asked for here so that a job nobody waits for any more does not complain

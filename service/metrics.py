@@ -1,0 +1,123 @@
+"""Prometheus metrics: the store's statistics, and the daemon's own request counts. docs/service.md lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+COUNTERS: dict[str, tuple[str, str | None, str]] = {
+    "puts": ("kvstore_puts", "outcome", "Puts by outcome: stored, existed, or the reason of the refusal."),
+    "put_bytes": ("kvstore_put_bytes", None, "Container bytes stored."),
+    "lookups": ("kvstore_lookups", None, "Lookups."),
+    "lookup_chunks": ("kvstore_lookup_chunks", "outcome", "Keys looked up: hit (in the prefix found) or miss."),
+    "hits": ("kvstore_hits", "tier", "Chunks served, by the tier their bytes came from."),
+    "hit_bytes": ("kvstore_hit_bytes", "tier", "Bytes of chunks served, by the tier they came from."),
+    "misses": ("kvstore_misses", "reason", "Chunks asked for and not served."),
+    "quarantined": ("kvstore_quarantined", "reason", "Bad chunks removed from the tier they were read from."),
+    "prefetches": ("kvstore_prefetches", "outcome", "Prefetches: done, late or busy."),
+    "deletes": ("kvstore_deletes", None, "Keys deleted."),
+    "demoted": ("kvstore_demoted", "tier", "Chunks written behind a put to a durable tier."),
+    "demoted_bytes": ("kvstore_demoted_bytes", "tier", "Bytes written behind a put."),
+    "demotions_failed": ("kvstore_demotions_failed", "tier", "Chunks the durable tier refused."),
+    "demotions_shed": ("kvstore_demotions_shed", "tier", "Chunks not written behind because the queue was full."),
+}
+"""Counter of the store -> metric (Prometheus adds _total), name of its label, meaning."""
+
+TIER_COUNTERS: dict[str, tuple[str, str]] = {
+    "evictions": ("kvstore_tier_evictions", "Chunks evicted."),
+    "evicted_bytes": ("kvstore_tier_evicted_bytes", "Bytes evicted."),
+    "io_errors": ("kvstore_tier_io_errors", "Failed reads and writes of the device."),
+    "read_bytes": ("kvstore_tier_read_bytes", "Bytes read."),
+    "written_bytes": ("kvstore_tier_written_bytes", "Bytes written."),
+}
+USAGE = {
+    "capacity_bytes": "Hard bound of the tier.",
+    "used_bytes": "Bytes in use, padding included.",
+    "pinned_bytes": "Bytes that cannot be evicted now: leased, pinned or being written.",
+    "entries": "Chunks in the tier.",
+}
+GAUGES = {
+    "kvstore_write_behind_bytes": "Bytes waiting to be written to the durable tier.",
+    "kvstore_transient_bytes": "Bytes lent outside every tier.",
+    "kvstore_requests_inflight": "Requests being served now.",
+    "kvstore_sessions": "Shared-memory sessions connected now.",
+}
+REQUEST_SECONDS = "kvstore_request_seconds"
+REQUESTS = "kvstore_requests"
+_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0)
+
+
+class Metrics:
+    """The daemon's metrics, in a registry of their own.
+
+    Args:
+        stats: `Store.stats`.
+        inflight: requests being served now.
+        sessions: shared-memory sessions connected now.
+    """
+
+    def __init__(
+        self, stats: Callable[[], dict[str, Any]], *, inflight: Callable[[], int], sessions: Callable[[], int]
+    ) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_StoreCollector(stats, inflight, sessions))
+        self._seconds = Histogram(
+            REQUEST_SECONDS, "Seconds to serve a request.", ["verb"], registry=self._registry, buckets=_BUCKETS
+        )
+        self._requests = Counter(
+            REQUESTS, "Requests by verb and HTTP status.", ["verb", "status"], registry=self._registry
+        )
+
+    def observe(self, verb: str, status: int, seconds: float) -> None:
+        """Count one request."""
+        self._seconds.labels(verb).observe(seconds)
+        self._requests.labels(verb, str(status)).inc()
+
+    def render(self) -> bytes:
+        """The text of /metrics."""
+        return generate_latest(self._registry)
+
+
+class _StoreCollector(Collector):
+    """Reads the store's statistics when asked; keeps nothing."""
+
+    def __init__(
+        self, stats: Callable[[], dict[str, Any]], inflight: Callable[[], int], sessions: Callable[[], int]
+    ) -> None:
+        self._stats = stats
+        self._inflight = inflight
+        self._sessions = sessions
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        for counter, (name, label, help_text) in COUNTERS.items():
+            family = CounterMetricFamily(name, help_text, labels=[label] if label else [])
+            values = stats["counters"].get(counter, {} if label else {"": 0})
+            for value_label, count in values.items():
+                family.add_metric([value_label] if label else [], count)
+            yield family
+        yield from _tier_metrics(stats["tiers"])
+        values = (stats["write_behind_bytes"], stats["transient_bytes"], self._inflight(), self._sessions())
+        for (name, help_text), value in zip(GAUGES.items(), values, strict=True):
+            yield GaugeMetricFamily(name, help_text, value=value)
+
+
+def _tier_metrics(tiers: dict[str, Any]) -> Iterator[Metric]:
+    for field, help_text in USAGE.items():
+        gauge = GaugeMetricFamily(f"kvstore_tier_{field}", help_text, labels=["tier"])
+        for tier, values in tiers.items():
+            gauge.add_metric([tier], values["usage"][field])
+        yield gauge
+    for counter, (name, help_text) in TIER_COUNTERS.items():
+        family = CounterMetricFamily(name, help_text, labels=["tier"])
+        for tier, values in tiers.items():
+            family.add_metric([tier], values["counters"].get(counter, 0))
+        yield family
