@@ -19,7 +19,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kvstore/native/*.cpp kvstore/native/*.h codecs/native/*.cpp codecs/native/*.h)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ echo "cannot create a virtual environment: install python3-venv, or set VENV to one" >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,triton,dev]'
 	@touch $@
 
 # Real prompts through a real model: cold, warm from memory, warm from disk after kill -9 of the daemon.

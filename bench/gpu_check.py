@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 import kvstore
+from kvstore.bench import gpu_r32
 from kvstore.connectors.transformers import TransformersConnector
 from kvstore.testing.models import FAMILIES, random_model
 
@@ -57,7 +58,11 @@ def _connector_error(family: str, dtype: torch.dtype) -> float:
     return float((logits - expected).abs().max()) if exact else 0.0
 
 
-CHECKS: list[Check] = [("device", device), ("transformers connector", connector_is_exact)]
+CHECKS: list[Check] = [
+    ("device", device),
+    ("transformers connector", connector_is_exact),
+    *gpu_r32.checks(),
+]
 
 
 def main() -> int:

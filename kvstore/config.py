@@ -21,7 +21,7 @@ from kvstore.sizes import parse_bytes
 from kvstore.store import StoreSettings
 
 ENV_PREFIX = "KVSTORE_"
-_ENV_NOT_SETTINGS = {"KVSTORE_KERNELS", "KVSTORE_CONFIG"}
+_ENV_NOT_SETTINGS = {"KVSTORE_KERNELS", "KVSTORE_ISA", "KVSTORE_CONFIG"}
 
 
 class TierConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

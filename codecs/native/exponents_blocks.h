@@ -26,6 +26,7 @@ struct Block {
     // Call run(pointer, first, count) for runs without gaps that together are the elements [first, first + count).
     template <typename Run>
     void for_each_run(size_t first, size_t count, const Run& run) const {
+        if (!count) return;
         if (contiguous()) return run(data + first * itemsize, first, count);
         size_t token = first / dim, channel = first % dim;
         while (count) {

@@ -48,7 +48,7 @@ void choose(const Block& block, const uint8_t* tops, uint8_t* codes_to_tops, uin
         if (ranks[rank] >> 8) codes_to_tops[used++] = uint8_t(kTops - 1 - (ranks[rank] & 255));
     }
     std::sort(codes_to_tops, codes_to_tops + used);
-    std::memset(codes_to_tops + used, 0, kCodes - used);
+    std::fill(codes_to_tops + used, codes_to_tops + kCodes, uint8_t{0});
     std::memset(tops_to_codes, kCodes, kTops);
     for (size_t code = used; code-- > 0;) tops_to_codes[codes_to_tops[code]] = uint8_t(code);
 }
