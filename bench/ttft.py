@@ -54,7 +54,12 @@ def half_billion_model(*, layers: int = 24) -> Any:
 
 def _measure_length(directory: Path, model: Any, tokens: int, suffix: str, *, rounds: int) -> dict[str, float]:
     directory.mkdir()
-    cold, miss, dram, nvme = [], [], [], []
+    cold: list[float] = []
+    miss: list[float] = []
+    dram: list[float] = []
+    nvme: list[float] = []
+    loads_dram: list[float] = []
+    loads_nvme: list[float] = []
     equal = True
     reused = 0
     with Daemon(directory, dram="1GiB", nvme="2GiB") as daemon:
@@ -74,10 +79,13 @@ def _measure_length(directory: Path, model: Any, tokens: int, suffix: str, *, ro
                 nvme.append(from_disk.ttft_seconds)
             daemon.kill()
             reused = warm.extra[0].reused_tokens
+            loads_dram.append(warm.extra[0].load_ms / 1e3)
+            loads_nvme.append(from_disk.extra[0].load_ms / 1e3)
             equal &= reference.tokens == warm.tokens == from_disk.tokens
             print(
                 f"  cold {cold[-1]:.2f} s, miss {miss[-1]:.2f} s,"
-                f" warm dram {dram[-1]:.3f} s, warm nvme {nvme[-1]:.3f} s,"
+                f" warm dram {dram[-1]:.3f} s ({loads_dram[-1]:.3f} of it loading),"
+                f" warm nvme {nvme[-1]:.3f} s ({loads_nvme[-1]:.3f}),"
                 f" {reused} tokens reused, equal tokens: {'yes' if equal else 'no'}"
             )
     return {
@@ -87,6 +95,8 @@ def _measure_length(directory: Path, model: Any, tokens: int, suffix: str, *, ro
         f"ttft.miss_vs_cold{suffix}": median([m / c for m, c in zip(miss, cold, strict=True)]),
         f"ttft.warm_vs_cold{suffix}": median([w / c for w, c in zip(dram, cold, strict=True)]),
         f"ttft.warm_nvme_vs_cold{suffix}": median([w / c for w, c in zip(nvme, cold, strict=True)]),
+        f"ttft.load_dram_seconds{suffix}": median(loads_dram),
+        f"ttft.load_nvme_seconds{suffix}": median(loads_nvme),
         f"ttft.reused_tokens{suffix}": reused,
         f"ttft.equal_tokens{suffix}": float(equal),
     }
