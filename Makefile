@@ -9,6 +9,8 @@ SUITE  ?= tiers
 export PYTHONUNBUFFERED := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# Waiting OpenMP threads that spin cost minutes on busy cores.
+export OMP_WAIT_POLICY := passive
 
 .PHONY: demo test lint check bench gpu-check chaos clean install
 .DEFAULT_GOAL := check

@@ -22,6 +22,10 @@ SUITES: dict[str, tuple[tuple[str, ...], str]] = {
         ("kvstore.bench.tiers_dram", "kvstore.bench.tiers_nvme"),
         "the dram and nvme tiers against memcpy and plain O_DIRECT",
     ),
+    "codec": (
+        ("kvstore.bench.codec", "kvstore.bench.codec_r32"),
+        "codecs: bits for error against rivals, speed, the entropy coder (trained models need the torch extra)",
+    ),
     "service": (("kvstore.bench.service",), "the daemon against memcpy and a bare socket"),
     "ttft": (
         ("kvstore.bench.ttft",),

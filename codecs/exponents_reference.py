@@ -1,19 +1,21 @@
 """The exponent kernels in plain NumPy: what the C++ ones must equal, bit for bit.
 
-An element is rotated left by one bit before anything else, so that its most significant byte, the top, holds the exponent
-of bfloat16 and float32 alone and the sign joins the mantissa. Arrays are (heads, tokens, dim) bit patterns of 1, 2 or 4
-bytes and any strides. Every function raises ValueError where sizes do not fit.
+An element is rotated left by one bit before anything else, so that its most significant byte, the top, holds the
+exponent of bfloat16 and float32 alone and the sign joins the mantissa. Arrays are (heads, tokens, dim) bit patterns of
+1, 2 or 4 bytes and any strides. Every function raises ValueError where sizes do not fit.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from typing_extensions import Buffer as _Buffer
 
     from kvstore.kernels_numpy import Buffer
     from kvstore.spec import Bits
@@ -33,7 +35,7 @@ def encode_fixed(target: Buffer, arrays: Sequence[Bits]) -> int:
 
     `target` has room for 4 bytes a head of each array and for every element as it is.
     """
-    room = np.frombuffer(target, dtype=np.uint8)
+    room = _flat(target)
     blocks = list(_blocks(arrays))
     end = 4 * len(blocks)
     if room.nbytes < end + sum(array.nbytes for array in arrays):
@@ -53,7 +55,7 @@ def decode_fixed(arrays: Sequence[Bits], source: Buffer) -> str:
 
     When something is wrong, the arrays are unspecified.
     """
-    data = np.frombuffer(source, dtype=np.uint8) if memoryview(source).nbytes else np.zeros(0, dtype=np.uint8)
+    data = _flat(source)
     blocks = list(_blocks(arrays))
     end = 4 * len(blocks)
     if len(data) < end:
@@ -90,7 +92,8 @@ def merge_rotated(array: Bits, planes: _Bytes) -> None:
 
 
 def channel_sums(sums: npt.NDArray[np.uint64], tops: _Bytes) -> None:
-    """For each channel of `tops` (heads, tokens, dim): sum and sum of squares over the tokens, to `sums` (heads, dim, 2)."""
+    """For each channel of `tops` (heads, tokens, dim): sum and sum of squares over the tokens, to `sums` (heads, dim,
+    2)."""
     if sums.shape != (tops.shape[0], tops.shape[2], 2):
         raise ValueError("sums must have the shape (heads, dim, 2)")
     wide = tops.astype(np.uint64)
@@ -104,6 +107,11 @@ def count_tops(counts: npt.NDArray[np.uint64], tops: _Bytes, ids: _Bytes) -> Non
         raise ValueError("ids must have the shape (heads, dim) and be below the number of tables")
     index = ids[:, None].astype(np.int64) * TOPS + tops
     counts += np.bincount(index.reshape(-1), minlength=counts.size).astype(np.uint64).reshape(counts.shape)
+
+
+def _flat(buffer: Buffer) -> _Bytes:
+    view = memoryview(cast("_Buffer", buffer))
+    return np.frombuffer(view, dtype=np.uint8) if view.nbytes else np.zeros(0, dtype=np.uint8)
 
 
 def _blocks(arrays: Sequence[Bits]) -> Iterator[Bits]:

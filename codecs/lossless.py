@@ -1,167 +1,72 @@
-"""`lossless`: K and V bit for bit, in byte planes, each plane compressed with zstandard where that makes it smaller.
+"""`lossless`: K and V bit for bit, in fewer bytes because the exponents of neighbouring elements are alike.
 
-Exponents of neighbouring elements are alike and mantissas are noise, so the planes that hold exponents shrink and the
-others are stored. About 1.3 to 1.5 times smaller for bfloat16.
+An element's top byte (rotated left by one bit, so that it is the exponent of bfloat16 and float32) is coded, the rest
+of it, which is noise, is kept. Three block formats; the first encoding parameter of a segment says which:
 
-A segment holds, for each of its layers, K then V, one block a head, so that heads are separable:
+    1   byte planes through zstandard; read only                       `kvstore.codecs.lossless_planes`
+    2   four-bit codes of the commonest tops and a list of the others  `kvstore.codecs.lossless_fixed`
+    3   tops through R32 with tables for classes of channels           `kvstore.codecs.lossless_tables`
 
-    table    u32 LE stored bytes of every plane, in the order layer, K | V, head, plane
-    planes   in table order without gaps: plane p holds byte p of every element, elements in the order token, dimension
-
-A plane of n elements takes n bytes when stored; a smaller number in the table means a zstandard frame that says n as
-its content size, and needs no dictionary and no window beyond n (or 1024). Encoding parameters: the block format (1),
-then 15 zeros.
+This codec writes format 2 where the top is an exponent (12.0 bits an element of bfloat16, decoded about as fast as
+memory is copied) and format 3 for the other types. Its sibling `lossless_dense` writes format 3 always.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from itertools import pairwise
-
-import numpy as np
-import numpy.typing as npt
-import zstandard
-
 from kvstore import kernels
 from kvstore.codec import Codec, Encoded, LayerSegments, SegmentPlan, layers_per_group
+from kvstore.codecs import lossless_fixed, lossless_planes, lossless_tables
 from kvstore.container import PART_KV, check_segment, segment_label
 from kvstore.errors import CodecError, ContainerError
 from kvstore.outcome import Reason
-from kvstore.spec import Bits, KVArrays, KVSpec, layer_groups
+from kvstore.spec import KVArrays, KVSpec, layer_groups
 
-ZSTD_LEVEL = 1
-"""Measured on bfloat16 KV: levels 2 to 5 are slower and no smaller, for only the entropy stage finds anything."""
-
-WINDOW_BYTES_MIN = 1024
-"""The smallest window a zstandard frame can ask for."""
-
-PLANE_BYTES_MAX = 0xFFFFFFFF
-PARAMS = b"\1" + bytes(15)
-
-_ENTRY_BYTES = 4
-_Bytes = npt.NDArray[np.uint8]
-
-
-class _Contexts(threading.local):
-    """zstandard's contexts, which serve one thread at a time."""
-
-    def __init__(self) -> None:
-        self.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True)
-        self.decompressor = zstandard.ZstdDecompressor()
-
-
-_contexts = _Contexts()
+HEAD_BYTES_MAX = 0xFFFFFFFF
+_FORMATS = {module.FORMAT: module.decode for module in (lossless_planes, lossless_fixed, lossless_tables)}
 
 
 class LosslessCodec(Codec):
-    """Byte planes and zstandard. See the module's text for the segment's bytes.
+    """Writes four-bit exponent codes, or entropy-coded ones for element types that have no room for such codes.
 
-    Decoding allocates, beyond the caller's arrays and 64 bytes a table entry, at most three times the largest block
-    (one head of K or V of one layer).
+    Decoding allocates, beyond the caller's arrays, at most three times the segment's layers.
     """
 
     id = "lossless"
     exact = True
 
     def plan(self, spec: KVSpec, tokens: int) -> tuple[SegmentPlan, ...]:
-        """One segment a layer group; the bound is the table and every plane stored."""
-        if tokens * max(spec.key_dim, spec.value_dim) > PLANE_BYTES_MAX:
-            raise CodecError(f"lossless stores at most {PLANE_BYTES_MAX} elements of one head; use smaller chunks")
-        layer_bytes = spec.layer_bytes(tokens) + 2 * spec.kv_heads * spec.itemsize * _ENTRY_BYTES
+        """One segment a layer group; the bound is the directory and every element as it is."""
+        if tokens * max(spec.key_dim, spec.value_dim) * spec.itemsize > HEAD_BYTES_MAX:
+            raise CodecError(f"{self.id} stores heads of at most {HEAD_BYTES_MAX} bytes; use smaller chunks")
         return tuple(
-            SegmentPlan(0, PART_KV, start, stop, bytes_max=(stop - start) * layer_bytes)
+            SegmentPlan(0, PART_KV, start, stop, lossless_fixed.bytes_max(spec, tokens, layers=stop - start))
             for start, stop in layer_groups(spec.layers, layers_per_group(spec, tokens))
         )
 
     def encode(self, plan: SegmentPlan, arrays: KVArrays, spec: KVSpec, target: memoryview) -> Encoded:
-        """Write the table and the planes of every block."""
-        lengths: list[int] = []
-        end = len(_plane_sizes(arrays, plan.layers)) * _ENTRY_BYTES
-        for block in _blocks(arrays, plan.layers):
-            planes = np.empty((block.itemsize, block.size), dtype=np.uint8)
-            kernels.split_planes(planes, np.ascontiguousarray(block), block.itemsize)
-            for plane in planes:
-                stored = _deflate(plane)
-                target[end : end + len(stored)] = stored
-                end += len(stored)
-                lengths.append(len(stored))
-        target[: len(lengths) * _ENTRY_BYTES] = np.asarray(lengths, dtype="<u4").tobytes()
-        return Encoded(end, kernels.xxh3(target[:end]), PARAMS)
+        """Write the layers of `plan` in the format that suits their type, never larger than `plan.bytes_max`."""
+        layers = arrays[slice(*plan.layers)]
+        nbytes = lossless_tables.encode(target, layers, spec) if self.wants_tables(spec) else 0
+        block_format = lossless_tables.FORMAT
+        if not nbytes:
+            nbytes = lossless_fixed.encode(target, layers)
+            block_format = lossless_fixed.FORMAT
+        return Encoded(nbytes, kernels.xxh3(target[:nbytes]), bytes([block_format]))
+
+    def wants_tables(self, spec: KVSpec) -> bool:
+        """Whether to write format 3: four-bit codes gain nothing where mantissa bits share the exponent's byte."""
+        return spec.dtype not in ("bfloat16", "float32")
 
     def decode(self, segments: LayerSegments, arrays: KVArrays, spec: KVSpec) -> None:
-        """Check the segment's hash and the table, then fill one block after another."""
+        """Check the segment's hash, then fill its layers."""
         if len(segments) != 1 or segments[0][0].part != PART_KV or segments[0][0].level != 0:
-            raise ContainerError(Reason.MALFORMED, "lossless has exactly one segment a layer group: level 0, part KV")
+            raise ContainerError(Reason.MALFORMED, f"{self.id} has one segment a layer group: level 0, part KV")
         segment, data = segments[0]
-        if segment.params != PARAMS:
+        decode = _FORMATS.get(segment.params[0])
+        if decode is None or any(segment.params[1:]):
             raise ContainerError(Reason.UNKNOWN_CODEC, f"{segment_label(segment)} has block format {segment.params[0]}")
         check_segment(segment, data)
-        ends = _plane_ends(data, _plane_sizes(arrays, segment.layers), segment_label(segment))
-        flat = np.frombuffer(data, dtype=np.uint8)
-        at = 0
-        for block in _blocks(arrays, segment.layers):
-            bounds = ends[at : at + block.itemsize + 1]
-            at += block.itemsize
-            _decode_block(block, [flat[start:stop] for start, stop in pairwise(bounds)])
-
-
-def _blocks(arrays: KVArrays, layers: tuple[int, int]) -> Iterator[Bits]:
-    """K and V of each head, shape (tokens, dim), in the segment's order."""
-    for pair in arrays[slice(*layers)]:
-        for array in pair:
-            yield from array
-
-
-def _plane_sizes(arrays: KVArrays, layers: tuple[int, int]) -> npt.NDArray[np.int64]:
-    """Uncompressed bytes of every plane, in the segment's order."""
-    return np.concatenate(
-        [
-            np.full(array.shape[0] * array.itemsize, array.shape[1] * array.shape[2], dtype=np.int64)
-            for pair in arrays[slice(*layers)]
-            for array in pair
-        ]
-    )
-
-
-def _plane_ends(data: memoryview, sizes: npt.NDArray[np.int64], label: str) -> list[int]:
-    """Where the first plane starts and where each one ends, checked against its size and the segment's length."""
-    table_bytes = len(sizes) * _ENTRY_BYTES
-    if len(data) < table_bytes:
-        raise ContainerError(Reason.MALFORMED, f"{label} is shorter than its table")
-    lengths = np.frombuffer(data[:table_bytes], dtype="<u4").astype(np.int64)
-    if np.any(lengths > sizes) or table_bytes + int(lengths.sum()) != len(data):
-        raise ContainerError(Reason.MALFORMED, f"{label} has a table that does not fit its bytes")
-    return [table_bytes, *(table_bytes + np.cumsum(lengths)).tolist()]
-
-
-def _decode_block(block: Bits, stored: list[_Bytes]) -> None:
-    planes = np.empty((block.itemsize, block.size), dtype=np.uint8)
-    for plane, data in zip(planes, stored, strict=True):
-        plane[:] = data if len(data) == len(plane) else _inflate(data, len(plane))
-    if block.flags.c_contiguous:
-        kernels.merge_planes(block, planes, block.itemsize)
-    else:
-        merged = np.empty(block.shape, dtype=block.dtype)
-        kernels.merge_planes(merged, planes, block.itemsize)
-        np.copyto(block, merged)
-
-
-def _deflate(plane: _Bytes) -> bytes | memoryview:
-    """A zstandard frame, or the plane itself where that is not larger."""
-    frame = _contexts.compressor.compress(plane.data)
-    return frame if len(frame) < plane.size else plane.data
-
-
-def _inflate(frame: _Bytes, nbytes: int) -> _Bytes:
-    """The `nbytes` bytes of a frame, which is refused before anything is allocated if it promises another size."""
-    try:
-        parameters = zstandard.get_frame_parameters(frame.data)
-        if parameters.content_size != nbytes or parameters.window_size > max(nbytes, WINDOW_BYTES_MIN):
-            raise ContainerError(Reason.MALFORMED, f"a plane of {nbytes} bytes has a frame of another size")
-        plane = _contexts.decompressor.decompress(frame.data, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise ContainerError(Reason.MALFORMED, f"a plane does not decompress: {error}") from error
-    if len(plane) != nbytes:
-        raise ContainerError(Reason.MALFORMED, f"a plane of {nbytes} bytes decompresses to {len(plane)}")
-    return np.frombuffer(plane, dtype=np.uint8)
+        try:
+            decode(data, arrays[slice(*segment.layers)], spec)
+        except ContainerError as error:
+            raise ContainerError(error.reason, f"{segment_label(segment)}: {error.detail}") from error

@@ -27,6 +27,12 @@ _BUILTIN = {
     for name, value in (
         ("raw", "kvstore.codecs.raw:RawCodec"),
         ("lossless", "kvstore.codecs.lossless:LosslessCodec"),
+        ("lossless_dense", "kvstore.codecs.lossless_dense:LosslessDenseCodec"),
+        ("cachegen", "kvstore.codecs.cachegen:CacheGenCodec"),
+        ("ladder", "kvstore.codecs.ladder:LadderCodec"),
+        ("int8", "kvstore.codecs.fixed_width:Int8Codec"),
+        ("int4", "kvstore.codecs.fixed_width:Int4Codec"),
+        ("fp8", "kvstore.codecs.fixed_width:Fp8Codec"),
     )
 }
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
+from kvstore import gate
 from kvstore.chunk import check_coverage, encode_chunk, encoded_bytes_max
 from kvstore.client import Client, Part, PutChunk
 from kvstore.codec import Codec
@@ -32,13 +33,17 @@ class PrefixStore:
         client: the store.
         spec: geometry of the model's KV.
         keys: the model's key scheme; its fingerprint is what stored chunks must carry.
-        codec: how to write; must be exact. Chunks are read with whatever exact codec wrote them.
+        codec: how to write. Chunks are read with whatever codec wrote them; a lossy one as `limits` allows.
         durable: whether a put waits until its chunks would survive kill -9.
         load_deadline_ms: bound on lookup and load of one prompt; what is there by then is used.
         store_deadline_ms: bound on the put of one prompt.
+        limits: what lossy codecs may do to the model, by their records; None for exact codecs only. What is computed
+            behind lossy KV is not exact either, so `keys` must not be those of exact readers.
+        gates: records of the quality gate, of this model and others.
+        gate_command: for a lossy codec, the command line that would get a record.
 
     Raises:
-        ConfigError: a deadline is not positive or the codec is lossy.
+        ConfigError: a deadline is not positive, or the codec is lossy and has no pass; says how to get one.
         CodecError: the codec cannot serve the spec.
     """
 
@@ -52,15 +57,21 @@ class PrefixStore:
         durable: bool = False,
         load_deadline_ms: float = LOAD_DEADLINE_MS_DEFAULT,
         store_deadline_ms: float = STORE_DEADLINE_MS_DEFAULT,
+        limits: gate.Limits | None = None,
+        gates: Sequence[gate.GateRecord] = (),
+        gate_command: Callable[[Codec], str] = gate.command,
     ) -> None:
         for field, value in (("load_deadline_ms", load_deadline_ms), ("store_deadline_ms", store_deadline_ms)):
             if not value > 0:
                 raise ConfigError(f"{field} is {value}; give a positive number of milliseconds")
-        if not codec.exact:
-            raise ConfigError(f"codec {codec.id!r} is lossy; this connector promises exact KV, use 'lossless' or 'raw'")
         self.client = client
         self.spec = spec
         self.keys = keys
+        self._limits = limits
+        self._gates = gates
+        verdict = self._judge(codec, max(plan.level for plan in codec.plan(spec, keys.chunk_tokens)))
+        if not verdict.passed:
+            raise ConfigError(f"codec: {verdict.reason}; use 'lossless', or get a pass with: {gate_command(codec)}")
         self.codec = codec
         self.durable = durable
         self.load_deadline_ms = load_deadline_ms
@@ -181,8 +192,10 @@ class PrefixStore:
         if meta.first_position != start or meta.flags & FLAG_CONTENT_KEY:
             raise ContainerError(Reason.MALFORMED, f"the chunk was computed at {meta.first_position}, not at {start}")
         codec = registry.get(header.codec, header.profile)
-        if not codec.exact:
-            raise ContainerError(Reason.UNKNOWN_CODEC, f"codec {codec.id!r} is lossy; only exact chunks are reused")
+        level = min((max(segment.level for segment, _ in group) for group in part.groups), default=0)
+        verdict = self._judge(codec, level)
+        if not verdict.passed:
+            raise ContainerError(Reason.UNGATED, verdict.reason)
         check_coverage(header)
         arrays = memory.writable(start, start + meta.tokens)
         for group in part.groups:
@@ -191,6 +204,12 @@ class PrefixStore:
             raise ContainerError(Reason.DEADLINE, "the lease on the chunk's bytes expired while they were read")
         memory.commit(start, start + meta.tokens)
         return header
+
+    def _judge(self, codec: Codec, level: int) -> gate.Verdict:
+        """Whether chunks of a codec, decoded up to a level, may be served here."""
+        if self._limits is None and not codec.exact:
+            return gate.Verdict(False, f"{gate.describe(codec)} is lossy, and exact KV is wanted")
+        return gate.check(self._gates, self.keys.fingerprint, codec, level, self._limits or gate.STANDARD)
 
     def _put(self, chain: Sequence[bytes], index: int, memory: KVMemory) -> PutChunk:
         tokens = self.keys.chunk_tokens

@@ -10,24 +10,25 @@ docs/transformers.md. Not safe for several threads at once: give each its own co
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import torch
 from transformers import Cache, LogitsProcessorList, PreTrainedModel
 
+from kvstore import gate, gate_records
 from kvstore.client import Client
 from kvstore.codec import Codec
 from kvstore.codecs import registry
 from kvstore.connector import Loaded, ReuseReport, Stored
 from kvstore.connectors.hf_generate import HEADROOM_TOKENS, FirstStep, GenerateSettings, Ids, prompt_rows
-from kvstore.connectors.hf_spec import check_model, kv_spec, numeric_settings
+from kvstore.connectors.model_identity import identify
 from kvstore.connectors.prefix import LOAD_DEADLINE_MS_DEFAULT, STORE_DEADLINE_MS_DEFAULT, PrefixStore
 from kvstore.connectors.torch_kv import TorchKV
-from kvstore.connectors.weights import weights_digest, weights_signature
+from kvstore.connectors.weights import weights_signature
 from kvstore.errors import CodecError, ContainerError, SpecError
 from kvstore.keys import DEFAULT_CHUNK_TOKENS, ROOT, KeyScheme
-from kvstore.spec import fingerprint
 
 
 class _Turn(msgspec.Struct):
@@ -48,15 +49,18 @@ class TransformersConnector:
         model: a causal language model of a tested family (`hf_spec.FAMILIES`), in eval mode, on one device.
         client: the store, from `kvstore.connect`.
         chunk_tokens: tokens of a chunk; two connectors share KV only if it is the same.
-        codec: id of an exact codec, or the codec itself.
+        codec: id of a codec, or the codec itself; a lossy one needs a pass of the quality gate for this very model.
         durable: whether storing waits until the chunks would survive kill -9.
         load_deadline_ms: longest wait for lookup and load of one prompt; what is there by then is used.
         store_deadline_ms: longest wait for storing one prompt's chunks.
         salt: separates tenants; two salts never share KV.
+        limits: what lossy codecs may do to the model; None for no lossy KV at all, or, with a lossy `codec`,
+            `gate.STANDARD`. Connectors with limits and without share no KV.
+        gates: records of the quality gate; None for those in the directories of KVSTORE_PROFILES.
 
     Raises:
         UnsupportedModelError: the model cannot be served exactly; names what and why.
-        ConfigError, CodecError, SpecError: another argument is wrong.
+        ConfigError, CodecError, SpecError: another argument is wrong, or a lossy codec has no pass.
     """
 
     def __init__(
@@ -70,6 +74,8 @@ class TransformersConnector:
         load_deadline_ms: float = LOAD_DEADLINE_MS_DEFAULT,
         store_deadline_ms: float = STORE_DEADLINE_MS_DEFAULT,
         salt: bytes = b"",
+        limits: gate.Limits | None = None,
+        gates: Sequence[gate.GateRecord] | None = None,
     ) -> None:
         self.model = model
         self.client = client
@@ -79,6 +85,8 @@ class TransformersConnector:
         self._load_deadline_ms = load_deadline_ms
         self._store_deadline_ms = store_deadline_ms
         self._salt = salt
+        self._limits = gate.STANDARD if limits is None and not self._codec.exact else limits
+        self._gates = gate_records.load_all() if gates is None and self._limits is not None else gates or ()
         self._prefixes = self._open()
         self._signature = weights_signature(model)
 
@@ -198,18 +206,31 @@ class TransformersConnector:
         return self._prefixes
 
     def _open(self) -> PrefixStore:
-        check_model(self.model)
-        spec = kv_spec(self.model)
-        name = fingerprint(spec, weights_digest(self.model.base_model), settings=numeric_settings(self.model))
+        spec, name = identify(self.model)
         return PrefixStore(
             self.client,
             spec,
-            KeyScheme(name, chunk_tokens=self._chunk_tokens, salt=self._salt),
+            KeyScheme(
+                name,
+                chunk_tokens=self._chunk_tokens,
+                salt=self._salt,
+                extras={} if self._limits is None else {"lossy": 1},  # KV computed behind lossy KV is not exact either
+            ),
             self._codec,
             durable=self._durable,
             load_deadline_ms=self._load_deadline_ms,
             store_deadline_ms=self._store_deadline_ms,
+            limits=self._limits,
+            gates=self._gates,
+            gate_command=self._gate_command,
         )
+
+    def _gate_command(self, codec: Codec) -> str:
+        """The command line that would measure a codec on this model, as it is loaded here."""
+        options = ["--dtype", str(self.model.dtype).removeprefix("torch.")]
+        if self._chunk_tokens != DEFAULT_CHUNK_TOKENS:
+            options += ["--chunk-tokens", str(self._chunk_tokens)]
+        return gate.command(codec, self.model.name_or_path or "MODEL", options)
 
 
 def _codec(codec_id: str) -> Codec:

@@ -33,9 +33,7 @@ def weights_signature(module: nn.Module) -> Signature:
     It reads torch's version counters, which do not see writes through `.data` or through another array that shares the
     memory, and which tensors made in inference mode do not have: after such a write, make a new connector.
     """
-    return tuple(
-        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for _, tensor in _tensors(module)
-    )
+    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for _, tensor in _tensors(module))
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

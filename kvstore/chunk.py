@@ -36,9 +36,10 @@ def encode_chunk(codec: Codec, meta: ChunkMeta, arrays: KVArrays, target: memory
     """
     meta.spec.check_arrays(arrays, meta.tokens)
     plans = codec.plan(meta.spec, meta.tokens)
+    encode = codec.encoder(meta, arrays)
     writer = ContainerWriter(target, meta, codec=codec.id, segment_count=len(plans), profile=codec.profile)
     for plan in plans:
-        encoded = codec.encode(plan, arrays, meta.spec, writer.tail(plan.level)[: plan.bytes_max])
+        encoded = encode(plan, writer.tail(plan.level)[: plan.bytes_max])
         writer.commit(
             level=plan.level,
             part=plan.part,
@@ -50,9 +51,9 @@ def encode_chunk(codec: Codec, meta: ChunkMeta, arrays: KVArrays, target: memory
     return writer.finish()
 
 
-def group_segments(header: Header, container: memoryview) -> Iterable[LayerSegments]:
-    """The segments of every layer group with their bytes, in layer order."""
-    for group in header.groups():
+def group_segments(header: Header, container: memoryview, level_max: int | None = None) -> Iterable[LayerSegments]:
+    """The segments of every layer group with their bytes, in layer order, up to a level."""
+    for group in header.groups(level_max):
         yield [(segment, container[segment.offset : segment.offset + segment.length]) for segment in group]
 
 
@@ -63,8 +64,13 @@ def decode_chunk(
     *,
     key: bytes | None = None,
     fingerprint: bytes | None = None,
+    level_max: int | None = None,
+    level_min: int | None = None,
 ) -> Header:
-    """Fill `arrays` from a container, every byte verified, and return its header.
+    """Fill `arrays` from a container, every byte used verified, and return its header.
+
+    Quality levels above `level_max` (None: none) are left out. Where a level is damaged the ones below it serve, down
+    to `level_min` (None: never).
 
     Raises:
         ContainerError: with the reason for the miss; `arrays` are then unspecified.
@@ -75,9 +81,37 @@ def decode_chunk(
     header.meta.spec.check_arrays(arrays, header.meta.tokens)
     codec = codec_for(header.codec, header.profile)
     check_coverage(header)
-    for segments in group_segments(header, container):
-        codec.decode(segments, arrays, header.meta.spec)
+    for segments in group_segments(header, container, level_max):
+        decode_group(codec, segments, arrays, header.meta.spec, level_min=level_min)
     return header
+
+
+def decode_group(
+    codec: Codec, segments: LayerSegments, arrays: KVArrays, spec: KVSpec, *, level_min: int | None = None
+) -> int:
+    """Fill one layer group from the highest of its levels that is good, and answer which one that was.
+
+    Args:
+        codec: what wrote it.
+        segments: of one group, lowest level first.
+        arrays: of all layers.
+        spec: geometry of the arrays.
+        level_min: the lowest level that may serve instead of a damaged one; None: none may.
+
+    Raises:
+        ContainerError: no level that may serve is good; the group's arrays are then unspecified.
+    """
+    while True:
+        level = segments[-1][0].level if segments else 0
+        try:
+            codec.decode(segments, arrays, spec)
+        except ContainerError:
+            lower = [pair for pair in segments if pair[0].level < level]
+            if level_min is None or not lower or lower[-1][0].level < level_min:
+                raise
+            segments = lower
+        else:
+            return level
 
 
 def check_coverage(header: Header) -> None:

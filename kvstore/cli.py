@@ -1,4 +1,4 @@
-"""The `kvstore` command: serve, fsck, config, info, stats, bench."""
+"""The `kvstore` command: serve, fsck, config, info, stats, calibrate, gate, bench."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import msgspec
 
 import kvstore
 from kvstore import config as configuration
+from kvstore.commands import calibrate, gate
 from kvstore.errors import KVStoreError
 
 
@@ -76,6 +77,9 @@ def _parser() -> _Parser:
     stats = _command(commands, "stats", _stats, "print the statistics of a running daemon as JSON")
     stats.add_argument("url", help="unix:/path or http://host:port")
     stats.add_argument("--token-file", default="", help="file with the bearer token")
+
+    calibrate.add_arguments(_command(commands, "calibrate", calibrate.run, calibrate.SUMMARY))
+    gate.add_arguments(_command(commands, "gate", gate.run, gate.SUMMARY))
 
     commands.add_parser("bench", help="storage and service benchmarks; see kvstore bench --help", add_help=False)
     return parser

@@ -16,12 +16,12 @@ and the caller must treat the chunk as missed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import msgspec
 
-from kvstore.container import Segment
+from kvstore.container import ChunkMeta, Segment
 from kvstore.errors import ContainerError
 from kvstore.keys import ROOT
 from kvstore.outcome import Reason
@@ -71,6 +71,9 @@ class Codec(ABC):
     profile: bytes = ROOT
     """Name of the calibrated profile this instance writes with; zeros for none."""
 
+    variant: str = ""
+    """What besides id and profile decides the numbers that this instance's bytes decode to; "" for the default."""
+
     def __init__(self, profile: bytes = ROOT) -> None:
         if profile != ROOT:
             raise ContainerError(
@@ -94,6 +97,14 @@ class Codec(ABC):
         Raises:
             CodecError: the values cannot be encoded.
         """
+
+    def encoder(self, meta: ChunkMeta, arrays: KVArrays) -> Callable[[SegmentPlan, memoryview], Encoded]:
+        """`encode` for one chunk: a function that is called once for every plan, in order.
+
+        A codec whose segments share work, or that needs to know the chunk's position, overrides it. `meta.spec` and
+        `meta.tokens` are the arrays'.
+        """
+        return lambda plan, target: self.encode(plan, arrays, meta.spec, target)
 
     @abstractmethod
     def decode(self, segments: LayerSegments, arrays: KVArrays, spec: KVSpec) -> None:

@@ -4,6 +4,7 @@ A connector makes an engine reuse KV that was computed before, and stores what i
 
 Exact.    What the engine computes with reused KV is what it would compute without the store. A model whose KV cannot be
           reused exactly is refused when the connector is made, with an `UnsupportedModelError` that names what and why.
+          A lossy codec has to be asked for, and to have passed the quality gate (`kvstore.gate`) for this very model.
 Silent.   The engine never raises, and never waits beyond a deadline, because of the store. A store that is away, slow,
           full or damaged means that tokens are recomputed; what was loaded before the trouble is kept.
 Whole.    Only full chunks are stored, and only a prefix is reused: chunks 0..n-1, then the engine computes the rest.

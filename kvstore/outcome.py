@@ -22,6 +22,7 @@ class Reason(enum.StrEnum):
     UNKNOWN_VERSION = "unknown_version"  # written by a newer format
     UNKNOWN_CODEC = "unknown_codec"  # no such codec in this build
     UNKNOWN_PROFILE = "unknown_profile"  # the codec's calibrated tables are not here
+    UNGATED = "ungated"  # lossy, and its quality has no recorded pass for this model
     WRONG_FINGERPRINT = "wrong_fingerprint"  # bytes of another model, revision, dtype or rope
     WRONG_KEY = "wrong_key"  # bytes of another chunk
     DEADLINE = "deadline"  # it would have come too late

@@ -139,7 +139,7 @@ class Tier(ABC):
 
 
 class Lease(Protocol):
-    """The right to read one chunk's bytes in place: a context manager. Ends at `release`, with its owner, or at expiry."""
+    """The right to read a chunk in place: a context manager. Ends at `release`, with its owner, or at expiry."""
 
     @property
     def view(self) -> memoryview:

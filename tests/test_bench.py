@@ -10,6 +10,12 @@ import pytest
 from kvstore import cli
 
 EXPECTED = {
+    "codec": {
+        "codec.ladder.bits_vs_cachegen",
+        "codec.lossless_dense.bits",
+        "codec.lossless_fast.decode_vs_memcpy",
+        "codec.r32.excess_bits",
+    },
     "tiers": {"tiers.dram.get_vs_memcpy", "tiers.nvme.read_vs_odirect", "tiers.nvme.write_vs_odirect"},
     "service": {"service.shm_fetch_vs_memcpy", "service.lookup_p50_ms", "service.http_get_vs_socket"},
     "ttft": {"ttft.warm_vs_cold", "ttft.warm_nvme_vs_cold", "ttft.equal_tokens"},

@@ -120,7 +120,7 @@ def test_a_lossy_chunk_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(store.codec), "exact", False)
     loaded = store.load(store.chain(TOKENS), Memory(), len(TOKENS))
     assert loaded.chunks == 0
-    assert str(loaded.stop) == "unknown_codec (codec 'raw' is lossy; only exact chunks are reused)"
+    assert str(loaded.stop) == "ungated (codec 'raw' is lossy, and exact KV is wanted)"
 
 
 def _expired(part: Part) -> Part:

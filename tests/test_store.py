@@ -9,8 +9,6 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from kvstore.tiers.dram import DramTier
-from kvstore.tiers.nvme import NvmeTier
 
 from kvstore import container
 from kvstore.client import Order
@@ -23,6 +21,8 @@ from kvstore.store import Store, StoreSettings
 from kvstore.testing.chunks import sample_container, sample_key, sample_keys
 from kvstore.testing.wrappers import BrokenTier, GatedTier
 from kvstore.tier import PutItem, Tier
+from kvstore.tiers.dram import DramTier
+from kvstore.tiers.nvme import NvmeTier
 
 MIB = 1 << 20
 OpenStore = Callable[..., Store]
@@ -92,7 +92,7 @@ def test_fetch_returns_what_was_put(open_store: OpenStore, order: Order, tiers: 
     for key in keys:
         (status,) = store.put([PutItem(key, memoryview(sample_container(key)))])
         assert status.stored
-    got = whole(store.fetch([*keys, sample_key(999)], order=order))  # type: ignore[arg-type]
+    got = whole(store.fetch([*keys, sample_key(999)], order=order))
     assert got.pop(20) == Miss(Reason.ABSENT, "no tier holds the key")
     assert [got[i] for i in range(20)] == [sample_container(key) for key in keys]
 
@@ -194,7 +194,7 @@ def test_chunks_larger_than_memory_are_served_from_disk(open_store: OpenStore) -
     store.close()
     small = open_store(dram=64 * 1024)
     for order in ("chunk", "layer"):
-        got = whole(small.fetch(keys, order=order))  # type: ignore[arg-type]
+        got = whole(small.fetch(keys, order=order))
         assert all(isinstance(got[i], bytes) for i in range(30))
     assert small.stats()["transient_bytes"] == 0
 
@@ -229,7 +229,7 @@ def test_closing_a_fetch_early_releases_everything(open_store: OpenStore, order:
     again = open_store()
     steps = again.fetch(keys, order=order)
     next(steps)
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
     assert again.flush()
     again._movers.shutdown(wait=True)
     assert again.tiers[0].usage().pinned_bytes == 0
@@ -303,7 +303,7 @@ def test_a_dead_disk_costs_misses_not_exceptions(tmp_path: Path) -> None:
         store.tiers[0].delete(keys)
         disk.broken = True
         for order in ("chunk", "layer"):
-            got = whole(store.fetch(keys, order=order))  # type: ignore[arg-type]
+            got = whole(store.fetch(keys, order=order))
             assert all(isinstance(part, Miss) and part.reason == Reason.IO_ERROR for part in got.values())
         key = sample_key(80)
         (status,) = store.put([PutItem(key, memoryview(sample_container(key)))], durable=True)

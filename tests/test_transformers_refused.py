@@ -220,5 +220,5 @@ def test_arguments_are_checked() -> None:
 def test_a_lossy_codec_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     codec = registry.get("raw")
     monkeypatch.setattr(type(codec), "exact", False)
-    with pytest.raises(ConfigError, match="codec 'raw' is lossy"):
+    with pytest.raises(ConfigError, match="codec 'raw' level 0 is lossy"):
         connect(random_model())

@@ -27,8 +27,10 @@ def evaluate_text(path: Path, source: str, windows: int) -> dict[str, Any]:
     held_out = [d for d in gather(None if source == "all" else source) if d.held_out]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        **{name: {"files": len(group), **validation(model, tokenizer, group, max_windows=windows)}
-           for name, group in by_source(held_out).items()},
+        **{
+            name: {"files": len(group), **validation(model, tokenizer, group, max_windows=windows)}
+            for name, group in by_source(held_out).items()
+        },
     }
 
 

@@ -211,9 +211,7 @@ def accuracy(
         bias = torch.zeros(mask.shape, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
         guess = model(input_ids=ids, position_ids=positions, attention_mask=bias).logits.argmax(-1)
         for row, sample in enumerate(batch):
-            for position, hop, cross in zip(
-                sample.answer_positions, sample.hops, sample.cross, strict=True
-            ):
+            for position, hop, cross in zip(sample.answer_positions, sample.hops, sample.cross, strict=True):
                 ok = int(guess[row, position - 1]) == sample.tokens[position]
                 kinds = ["one_hop" if hop == 1 else "two_hop"]
                 if hop == 2:
@@ -222,8 +220,11 @@ def accuracy(
                     right[kind] = right.get(kind, 0) + ok
                     count[kind] = count.get(kind, 0) + 1
     result = {kind: round(right[kind] / count[kind], 4) for kind in sorted(count)}
-    return {**result, "queries": float(sum(count[k] for k in ("one_hop", "two_hop") if k in count)),
-            "mean_context": round(lengths / samples, 1)}
+    return {
+        **result,
+        "queries": float(sum(count[k] for k in ("one_hop", "two_hop") if k in count)),
+        "mean_context": round(lengths / samples, 1),
+    }
 
 
 EVAL_SPECS: dict[str, dict[str, Any]] = {
@@ -231,10 +232,22 @@ EVAL_SPECS: dict[str, dict[str, Any]] = {
     "shuffled_2p": {"bindings": 12, "aliases": 10, "passages": 2, "layout": "shuffled"},
     "shuffled_4p": {"bindings": 20, "aliases": 16, "passages": 4, "layout": "shuffled", "prefix": 16},
     "bindings_first_4p_long": {"bindings": 24, "aliases": 20, "passages": 4, "prefix": 64, "filler": 96},
-    "shuffled_4p_512": {"bindings": 24, "aliases": 20, "passages": 4, "layout": "shuffled",
-                        "prefix": 64, "filler": 320},
-    "shuffled_4p_1000": {"bindings": 24, "aliases": 20, "passages": 4, "layout": "shuffled",
-                         "prefix": 128, "filler": 720},
+    "shuffled_4p_512": {
+        "bindings": 24,
+        "aliases": 20,
+        "passages": 4,
+        "layout": "shuffled",
+        "prefix": 64,
+        "filler": 320,
+    },
+    "shuffled_4p_1000": {
+        "bindings": 24,
+        "aliases": 20,
+        "passages": 4,
+        "layout": "shuffled",
+        "prefix": 128,
+        "filler": 720,
+    },
     "any_order_2p": {"bindings": 12, "aliases": 10, "passages": 2, "layout": "any_order"},
     "aliases_first_2p": {"bindings": 12, "aliases": 10, "passages": 2, "layout": "aliases_first"},
 }
@@ -248,9 +261,7 @@ def evaluate(model: Any, seed: int = 10_000_019, samples: int = 64) -> dict[str,
         report[name] = {
             "full": accuracy(model, seed, samples, **spec),
             "blocked": accuracy(model, seed, samples, block_passages=True, **spec),
-            "blocked_no_prefix": accuracy(
-                model, seed, samples, block_passages=True, share_prefix=False, **spec
-            ),
+            "blocked_no_prefix": accuracy(model, seed, samples, block_passages=True, share_prefix=False, **spec),
         }
     return report
 

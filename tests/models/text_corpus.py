@@ -26,12 +26,23 @@ HELD_OUT_ONE_IN = 25
 SIZE_LIMIT = 300_000
 TEXT_SUFFIXES = {"", ".txt", ".md", ".rst", ".pod", ".html"}
 SKIP_PARTS = {
-    "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__",
-    "lib2to3", "msilib", "turtledemo", "changelogs",
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "__pycache__",
+    "lib2to3",
+    "msilib",
+    "turtledemo",
+    "changelogs",
 }
 SKIP_NAME = re.compile(
     r"^(changelog|changes|news|authors|thanks|credits|contributors|gcloud[-_]|cmake|tags|status\.txt|test)|"
-    r"test_results|version\d\.txt", re.IGNORECASE)
+    r"test_results|version\d\.txt",
+    re.IGNORECASE,
+)
 FONT = re.compile(r"\\f(\[[^\]]*\]|\([A-Z]{2}|[A-Z0-9])")
 
 
@@ -92,8 +103,18 @@ def _man(text: str) -> str:
                 continue
             line = match[2].replace('"', "")
         line = FONT.sub("", line)
-        for mark, plain in (("\\-", "-"), ("\\&", ""), ("\\e", "\\"), ("\\(aq", "'"), ("\\(bu", "*"),
-                            ("\\(en", "-"), ("\\(em", "--"), ("\\(lq", '"'), ("\\(rq", '"'), ("\\ ", " ")):
+        for mark, plain in (
+            ("\\-", "-"),
+            ("\\&", ""),
+            ("\\e", "\\"),
+            ("\\(aq", "'"),
+            ("\\(bu", "*"),
+            ("\\(en", "-"),
+            ("\\(em", "--"),
+            ("\\(lq", '"'),
+            ("\\(rq", '"'),
+            ("\\ ", " "),
+        ):
             line = line.replace(mark, plain)
         keep.append(re.sub(r"\\[*(][^ ]{1,2}|\\s[+-]?\d|\\[|^:/]", "", line))
     return "\n".join(keep)
@@ -184,8 +205,7 @@ def gather(only: str | None = None) -> list[Document]:
             continue
         fresh: list[str] = []
         for paragraph in text.split("\n\n"):
-            key = int.from_bytes(
-                hashlib.blake2b(" ".join(paragraph.split()).encode(), digest_size=8).digest(), "big")
+            key = int.from_bytes(hashlib.blake2b(" ".join(paragraph.split()).encode(), digest_size=8).digest(), "big")
             if len(paragraph) < 80 or key not in seen_paragraphs:
                 fresh.append(paragraph)
             seen_paragraphs.add(key)
@@ -212,8 +232,7 @@ def main() -> None:
     documents = gather(parser.parse_args().only)
     report: dict[str, dict[str, int]] = {}
     for document in documents:
-        row = report.setdefault(document.source, {"files": 0, "bytes": 0, "held_out_files": 0,
-                                                  "held_out_bytes": 0})
+        row = report.setdefault(document.source, {"files": 0, "bytes": 0, "held_out_files": 0, "held_out_bytes": 0})
         size = len(document.text.encode())
         row["files"] += 1
         row["bytes"] += size

@@ -30,11 +30,21 @@ def build_model(seed: int, layers: int) -> Any:
     """Create the model with the initialisation that makes the task learnable at this size."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=task.VOCAB_SIZE, hidden_size=128, intermediate_size=384, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=2048,
-        tie_word_embeddings=False, rms_norm_eps=1e-5, initializer_range=0.06,
+        vocab_size=task.VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        rms_norm_eps=1e-5,
+        initializer_range=0.06,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
-        pad_token_id=task.PAD, bos_token_id=task.BOS, eos_token_id=task.EOS,
+        pad_token_id=task.PAD,
+        bos_token_id=task.BOS,
+        eos_token_id=task.EOS,
     )
     model = LlamaForCausalLM(config)
     for name, parameter in model.named_parameters():
@@ -53,8 +63,13 @@ def build_tokenizer() -> Any:
     )
     wrap: Any = PreTrainedTokenizerFast
     return wrap(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        pad_token="<pad>", model_max_length=2048, clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -67,9 +82,7 @@ def level_sizes(level: int) -> tuple[int, int]:
 LAST_LEVEL = next(k for k in range(999) if level_sizes(k) == (MAX_BINDINGS, MAX_ALIASES))
 
 
-def draw_batch(
-    rng: random.Random, level: int, tokens: int, stretches: list[int], dots: bool
-) -> list[task.Sample]:
+def draw_batch(rng: random.Random, level: int, tokens: int, stretches: list[int], dots: bool) -> list[task.Sample]:
     """Draw samples with a common size; ``tokens`` is about the number of tokens in it."""
     varied = min(1.0, max(0.0, (level - 2) / 20))  # plain prompts first, then more and more variation
     if level > 2:
@@ -80,15 +93,21 @@ def draw_batch(
     batch = []
     for _ in range(max(4, min(64, tokens // width))):
         plain = rng.random() >= varied
-        batch.append(task.make_sample(
-            rng, bindings, aliases, dots=dots,
-            passages=2 if plain else rng.randint(1, 4),
-            layout="bindings_first" if plain or rng.random() < 0.5 else "shuffled",
-            separators=not plain and rng.random() < 0.8,
-            prefix=0 if plain else rng.choice((0, rng.randint(1, 16 + 60 * stretch))),
-            filler=0 if plain or rng.random() < 0.4 else rng.randint(0, 8 + 180 * stretch),
-            queries=24 if stretches else None, repeats=1 if level > 2 else 2,
-        ))
+        batch.append(
+            task.make_sample(
+                rng,
+                bindings,
+                aliases,
+                dots=dots,
+                passages=2 if plain else rng.randint(1, 4),
+                layout="bindings_first" if plain or rng.random() < 0.5 else "shuffled",
+                separators=not plain and rng.random() < 0.8,
+                prefix=0 if plain else rng.choice((0, rng.randint(1, 16 + 60 * stretch))),
+                filler=0 if plain or rng.random() < 0.4 else rng.randint(0, 8 + 180 * stretch),
+                queries=24 if stretches else None,
+                repeats=1 if level > 2 else 2,
+            )
+        )
     return batch
 
 
@@ -111,9 +130,7 @@ def score(batch: list[task.Sample], guess: torch.Tensor) -> dict[int, tuple[int,
     """(right, asked) per number of hops, over the names asked for the first time."""
     tally = {1: [0, 0], 2: [0, 0]}
     for row, sample in enumerate(batch):
-        for position, hop, repeated in zip(
-            sample.answer_positions, sample.hops, sample.repeated, strict=True
-        ):
+        for position, hop, repeated in zip(sample.answer_positions, sample.hops, sample.repeated, strict=True):
             if not repeated:
                 tally[hop][0] += int(guess[row, position - 1]) == sample.tokens[position]
                 tally[hop][1] += 1
@@ -141,7 +158,8 @@ def train(args: argparse.Namespace) -> None:
     plain = [p for p in model.parameters() if p.dim() != 2]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": args.decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=args.lr, betas=(0.9, 0.98),
+        lr=args.lr,
+        betas=(0.9, 0.98),
     )
     rng = random.Random(args.seed)
     extra = torch.zeros(())
@@ -181,16 +199,25 @@ def train(args: argparse.Namespace) -> None:
             recent.clear()
         if step % 50 == 0:
             minutes = (time.monotonic() - started) / 60
-            print(f"step {step} {minutes:.1f}min level {level} {level_sizes(level)} "
-                  f"loss {loss.item():.3f} aux {extra.item():.3f} "
-                  f"one {rates[1]:.3f} two {rates[2]:.3f} tokens {seen}", flush=True)
+            print(
+                f"step {step} {minutes:.1f}min level {level} {level_sizes(level)} "
+                f"loss {loss.item():.3f} aux {extra.item():.3f} "
+                f"one {rates[1]:.3f} two {rates[2]:.3f} tokens {seen}",
+                flush=True,
+            )
         if step % 500 == 0 and args.checkpoint:
             save(model, args.checkpoint, {"step": step, "level": level})
     model.eval()
     log = {
-        "seed": args.seed, "steps": step, "minutes": round((time.monotonic() - started) / 60, 1),
-        "tokens": seen, "parameters": size, "level": level, "sizes": level_sizes(level),
-        "threads": torch.get_num_threads(), "final_training_window": rates,
+        "seed": args.seed,
+        "steps": step,
+        "minutes": round((time.monotonic() - started) / 60, 1),
+        "tokens": seen,
+        "parameters": size,
+        "level": level,
+        "sizes": level_sizes(level),
+        "threads": torch.get_num_threads(),
+        "final_training_window": rates,
     }
     save(model, args.out, log)
     print(json.dumps(log))
@@ -216,8 +243,13 @@ def main() -> None:
     parser.add_argument("--level", type=int, default=0, help="curriculum level to start at")
     parser.add_argument("--tail", type=float, default=0.5, help="share of the run in which the rate decays")
     parser.add_argument("--dots", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--stretch", type=int, nargs="+", default=[0, 0, 0, 1, 2, 4],
-                        help="at the last level one of these is drawn per batch: 4 means up to 1100 tokens")
+    parser.add_argument(
+        "--stretch",
+        type=int,
+        nargs="+",
+        default=[0, 0, 0, 1, 2, 4],
+        help="at the last level one of these is drawn per batch: 4 means up to 1100 tokens",
+    )
     parser.add_argument("--window", type=int, default=6)
     train(parser.parse_args())
 

@@ -29,17 +29,27 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<s>", "</s>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), max_token_length=16,
-    ))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<s>", "</s>"],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            max_token_length=16,
+        ),
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
     )
     wrap: Any = PreTrainedTokenizerFast
     return wrap(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>",
-        model_max_length=4096, clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        model_max_length=4096,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -47,11 +57,21 @@ def build_model(vocab_size: int, seed: int) -> Any:
     """Create the model; residual outputs start smaller, as usual for deep stacks."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=256, intermediate_size=640, num_hidden_layers=8,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=4096,
-        tie_word_embeddings=True, rms_norm_eps=1e-5, initializer_range=0.02,
+        vocab_size=vocab_size,
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        initializer_range=0.02,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=EOS,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
     )
     model = LlamaForCausalLM(config)
     for name, parameter in model.named_parameters():
@@ -66,17 +86,18 @@ def encode(tokenizer: Any, documents: list[Document]) -> np.ndarray[Any, Any]:
     """All documents as one token stream, each with ``<s>`` in front."""
     stream: list[int] = []
     for start in range(0, len(documents), 256):
-        for encoding in tokenizer.backend_tokenizer.encode_batch(
-            [d.text for d in documents[start : start + 256]]
-        ):
+        for encoding in tokenizer.backend_tokenizer.encode_batch([d.text for d in documents[start : start + 256]]):
             stream += encoding.ids
     return np.asarray(stream, dtype=np.int32)
 
 
 @torch.no_grad()
 def validation(
-    model: Any, tokenizer: Any, documents: list[Document],
-    length: int = 1024, max_windows: int = 1_000_000,
+    model: Any,
+    tokenizer: Any,
+    documents: list[Document],
+    length: int = 1024,
+    max_windows: int = 1_000_000,
 ) -> dict[str, float]:
     """Loss per token, perplexity and bits per byte; files are cut into windows of their own."""
     model.eval()
@@ -89,14 +110,18 @@ def validation(
                 continue
             batch = torch.tensor([[BOS, *piece]])
             logits = model(input_ids=batch).logits.float()
-            nats += torch.nn.functional.cross_entropy(
-                logits[0, :-1], batch[0, 1:], reduction="sum").item()
+            nats += torch.nn.functional.cross_entropy(logits[0, :-1], batch[0, 1:], reduction="sum").item()
             tokens, windows = tokens + len(piece), windows + 1
             size += len(tokenizer.decode(piece).encode())
     model.train()
     loss = nats / max(tokens, 1)
-    return {"loss": round(loss, 4), "perplexity": round(math.exp(loss), 3),
-            "bits_per_byte": round(nats / math.log(2) / max(size, 1), 4), "tokens": tokens, "bytes": size}
+    return {
+        "loss": round(loss, 4),
+        "perplexity": round(math.exp(loss), 3),
+        "bits_per_byte": round(nats / math.log(2) / max(size, 1), 4),
+        "tokens": tokens,
+        "bytes": size,
+    }
 
 
 def by_source(documents: list[Document]) -> dict[str, list[Document]]:
@@ -131,8 +156,11 @@ def train(args: argparse.Namespace) -> None:
     order = training + [d for d in training if d.source == "stdlib"]
     order = [order[i] for i in rng.permutation(len(order))]
     stream = torch.from_numpy(encode(tokenizer, order).astype(np.int64))
-    print(f"{len(training)} files, {sum(len(d.text) for d in training)} characters, {len(stream)} tokens "
-          f"(standard library twice), {len(held_out)} files held out", flush=True)
+    print(
+        f"{len(training)} files, {sum(len(d.text) for d in training)} characters, {len(stream)} tokens "
+        f"(standard library twice), {len(held_out)} files held out",
+        flush=True,
+    )
     model = build_model(len(tokenizer), args.seed)
     if args.init:
         model.load_state_dict(LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32).state_dict())
@@ -141,7 +169,9 @@ def train(args: argparse.Namespace) -> None:
     vectors = [p for p in model.parameters() if p.dim() != 2]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        lr=args.lr, betas=(0.9, 0.95), fused=True,
+        lr=args.lr,
+        betas=(0.9, 0.95),
+        fused=True,
     )
     forward: Any = torch.compile(model, dynamic=False) if args.compile else model
     step, seen, running, starts = 0, 0, 0.0, torch.empty(0)
@@ -176,21 +206,34 @@ def train(args: argparse.Namespace) -> None:
         running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
         if step % 20 == 0:
             minutes = (time.monotonic() - began) / 60
-            print(f"step {step} {minutes:.1f}min loss {running:.4f} lr {rate:.2e} tokens {seen} "
-                  f"{seen / minutes / 60:.0f}/s length {length}", flush=True)
+            print(
+                f"step {step} {minutes:.1f}min loss {running:.4f} lr {rate:.2e} tokens {seen} "
+                f"{seen / minutes / 60:.0f}/s length {length}",
+                flush=True,
+            )
         if args.checkpoint and step % args.every == 0:
             result = validation(model, tokenizer, by_source(held_out)["stdlib"], max_windows=24)
             print(f"step {step} held-out standard library {result}", flush=True)
             save(model, tokenizer, args.checkpoint, {"step": step, "stdlib_part": result})
     groups = by_source(held_out)
     log = {
-        "seed": args.seed, "steps": step, "minutes": round((time.monotonic() - began) / 60, 1),
-        "tokens": seen, "parameters": size, "threads": torch.get_num_threads(), "bf16_autocast": args.bf16,
-        "batch_tokens": args.batch_tokens, "lr": args.lr, "phases": PHASES, "training_files": len(training),
-        "training_characters": sum(len(d.text) for d in training), "stream_tokens": len(stream),
+        "seed": args.seed,
+        "steps": step,
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "tokens": seen,
+        "parameters": size,
+        "threads": torch.get_num_threads(),
+        "bf16_autocast": args.bf16,
+        "batch_tokens": args.batch_tokens,
+        "lr": args.lr,
+        "phases": PHASES,
+        "training_files": len(training),
+        "training_characters": sum(len(d.text) for d in training),
+        "stream_tokens": len(stream),
         "training_loss": round(running, 4),
-        "validation": {name: validation(model, tokenizer, group, max_windows=args.windows)
-                       for name, group in groups.items()},
+        "validation": {
+            name: validation(model, tokenizer, group, max_windows=args.windows) for name, group in groups.items()
+        },
     }
     save(model, tokenizer, args.out, log)
     print(json.dumps(log))
