@@ -15,6 +15,7 @@ from kvstore.loan import Loan
 from kvstore.outcome import Miss, PutStatus, Reason
 from kvstore.promotion import Place
 from kvstore.protocol import CHUNK_TYPE, FoundReply, StatusesReply
+from kvstore.putting import PendingPut
 from kvstore.service.bodies import deadline_of, key_of, parent_of, remaining_ms
 from kvstore.service.daemon import DAEMON
 from kvstore.service.refusal import RefusalError, json_response, missed
@@ -59,17 +60,20 @@ async def put(request: web.Request) -> web.Response:
         raise RefusalError(413, "too_large", f"{nbytes} bytes; at most {daemon.request_bytes_max}", hdrs.CONTENT_LENGTH)
     if nbytes < container.FIXED.size:
         raise RefusalError(400, "truncated", f"{nbytes} bytes are no container", hdrs.CONTENT_LENGTH)
-    place = await daemon.workers.run(deadline, daemon.store.reserve, key, nbytes, parent=parent, durable=durable)
+    place = await daemon.workers.acquire(
+        deadline, _give_back, daemon.store.reserve, key, nbytes, parent=parent, durable=durable
+    )
     if not isinstance(place, Place):
         await _drain(request, deadline)
         status = await daemon.workers.run(deadline, daemon.store.settle, place, deadline)
         return json_response(StatusesReply([status]))
     try:
         await _receive(request, place, nbytes, deadline)
+        publishing = daemon.workers.start(_publish, daemon.store, place, key, parent, durable, deadline)
     except BaseException:
         place.abort()
         raise
-    status = await daemon.workers.run(deadline, _publish, daemon.store, place, key, parent, durable, deadline)
+    status = await daemon.workers.result(publishing, deadline)
     return json_response(StatusesReply([status]))
 
 
@@ -156,6 +160,11 @@ async def _receive(request: web.Request, place: Place, nbytes: int, deadline: fl
         raise RefusalError(504, "deadline", f"{done} of {nbytes} bytes came by the deadline") from None
     if done != nbytes:
         raise RefusalError(400, "truncated", f"{done} of {nbytes} bytes came")
+
+
+def _give_back(place: Place | PendingPut) -> None:
+    if isinstance(place, Place):
+        place.abort()
 
 
 async def _drain(request: web.Request, deadline: float) -> None:

@@ -64,7 +64,21 @@ class Workers:
 
     async def run(self, deadline: float, job: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """The job's result. Raises RefusalError (504) if there is none soon after `deadline` (time.monotonic)."""
+        return await self.result(self.start(job, *args, **kwargs), deadline)
+
+    async def acquire(
+        self, deadline: float, give_back: Callable[[R], None], job: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """As `run`, for a job whose result is held: `give_back` gets it if the request has ended before the job."""
         future = self.start(job, *args, **kwargs)
+        try:
+            return await self.result(future, deadline)
+        except BaseException:
+            future.add_done_callback(lambda job: None if job.exception() else give_back(job.result()))
+            raise
+
+    async def result(self, future: asyncio.Future[R], deadline: float) -> R:
+        """The result of a job that was started, as `run` answers it."""
         done, _ = await asyncio.wait({future}, timeout=max(0.0, deadline - time.monotonic()) + DEADLINE_GRACE_SECONDS)
         if not done:
             raise RefusalError(504, "deadline", "not done by the deadline")
