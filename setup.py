@@ -27,6 +27,7 @@ setup(
                 *(f"{CODECS}/r32_{part}.cpp" for part in R32),
             ],
             depends=[
+                f"{CORE}/glue.h",
                 f"{CORE}/xxh3.h",
                 f"{CORE}/pieces.h",
                 f"{CODECS}/planes.h",

@@ -1,5 +1,7 @@
 #include "exponents_python.h"
 
+#include "glue.h"
+
 #include <new>
 
 #include "exponents.h"
@@ -179,19 +181,7 @@ PyObject* py_count_tops(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NONE;
 }
 
-PyObject* py_use_isa(PyObject*, PyObject* name) {
-    PyObject* bytes = PyUnicode_AsUTF8String(name);
-    if (!bytes) return nullptr;
-    const bool used = use_isa(PyBytes_AsString(bytes));
-    Py_DecRef(bytes);
-    if (used) Py_RETURN_NONE;
-    return PyErr_Format(PyExc_ValueError, "instruction set %R is unknown or not supported by this processor", name);
-}
-
-template <typename Function>
-PyCFunction as_method(Function function) {
-    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
-}
+PyObject* py_use_isa(PyObject*, PyObject* name) { return kvstore::choose_isa(use_isa, name); }
 
 PyMethodDef methods[] = {
     {"encode_fixed", as_method(py_encode_fixed), METH_FASTCALL, "encode_fixed(target, arrays, /)\n--\n\nWrite a segment of block format 2; bytes written."},

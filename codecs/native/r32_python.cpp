@@ -2,6 +2,8 @@
 // functions do is said in codecs/r32/coder.py.
 #include "r32_python.h"
 
+#include "glue.h"
+
 #include <new>
 
 #include "r32.h"
@@ -197,19 +199,7 @@ PyObject* py_pack(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyObject* py_isa(PyObject*, PyObject*) { return PyUnicode_FromString(isa()); }
 
-PyObject* py_use_isa(PyObject*, PyObject* name) {
-    PyObject* bytes = PyUnicode_AsUTF8String(name);
-    if (!bytes) return nullptr;
-    const bool used = use_isa(PyBytes_AsString(bytes));
-    Py_DecRef(bytes);
-    if (used) Py_RETURN_NONE;
-    return PyErr_Format(PyExc_ValueError, "instruction set %R is unknown or not supported by this processor", name);
-}
-
-template <typename Function>
-PyCFunction as_method(Function function) {
-    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
-}
+PyObject* py_use_isa(PyObject*, PyObject* name) { return kvstore::choose_isa(use_isa, name); }
 
 PyMethodDef methods[] = {
     {"r32_decode", as_method(py_decode), METH_FASTCALL,

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "exponents_python.h"
+#include "glue.h"
 #include "planes.h"
 #include "pieces.h"
 #include "r32_python.h"
@@ -182,31 +183,19 @@ PyObject* py_merge_planes(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyObject* py_isa(PyObject*, PyObject*) { return PyUnicode_FromString(kvstore::isa()); }
 
-PyObject* py_use_isa(PyObject*, PyObject* name) {
-    PyObject* bytes = PyUnicode_AsUTF8String(name);
-    if (!bytes) return nullptr;
-    const bool used = kvstore::use_isa(PyBytes_AsString(bytes));
-    Py_DecRef(bytes);
-    if (used) Py_RETURN_NONE;
-    return PyErr_Format(PyExc_ValueError, "instruction set %R is unknown or not supported by this processor", name);
-}
-
-template <typename Function>
-PyCFunction as_method(Function function) {
-    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
-}
+PyObject* py_use_isa(PyObject*, PyObject* name) { return kvstore::choose_isa(kvstore::use_isa, name); }
 
 PyMethodDef methods[] = {
     {"xxh3", py_xxh3, METH_O, "xxh3(data, /)\n--\n\nXXH3-64 (seed 0) of contiguous bytes."},
-    {"copy_xxh3", as_method(py_copy_xxh3), METH_FASTCALL,
+    {"copy_xxh3", kvstore::as_method(py_copy_xxh3), METH_FASTCALL,
      "copy_xxh3(target, source, /)\n--\n\nCopy contiguous bytes and return their XXH3-64."},
-    {"gather_xxh3", as_method(py_gather_xxh3), METH_FASTCALL,
+    {"gather_xxh3", kvstore::as_method(py_gather_xxh3), METH_FASTCALL,
      "gather_xxh3(target, arrays, /)\n--\n\nWrite strided arrays one after another; return the XXH3-64 of the bytes."},
-    {"scatter_xxh3", as_method(py_scatter_xxh3), METH_FASTCALL,
+    {"scatter_xxh3", kvstore::as_method(py_scatter_xxh3), METH_FASTCALL,
      "scatter_xxh3(arrays, source, /)\n--\n\nFill strided arrays one after another; return the XXH3-64 of the source."},
-    {"split_planes", as_method(py_split_planes), METH_FASTCALL,
+    {"split_planes", kvstore::as_method(py_split_planes), METH_FASTCALL,
      "split_planes(target, source, itemsize, /)\n--\n\nRegroup elements into byte planes."},
-    {"merge_planes", as_method(py_merge_planes), METH_FASTCALL,
+    {"merge_planes", kvstore::as_method(py_merge_planes), METH_FASTCALL,
      "merge_planes(target, source, itemsize, /)\n--\n\nUndo split_planes."},
     {"isa", py_isa, METH_NOARGS, "isa()\n--\n\nInstruction set in use: avx512, avx2 or scalar."},
     {"use_isa", py_use_isa, METH_O, "use_isa(name, /)\n--\n\nUse another instruction set, for tests and measurements."},
