@@ -11,6 +11,7 @@ from setuptools import Extension, setup
 CORE = "kvstore/native"
 CODECS = "kvstore/codecs/native"
 EXPONENTS = ("python", "loops", "fixed", "planes")
+LADDER = ("python", "avx512", "decode", "encode", "loops", "output")
 R32 = ("python", "decode", "encode", "pack", "dispatch", "scalar", "avx2", "avx512")
 
 setup(
@@ -24,6 +25,7 @@ setup(
                 f"{CORE}/pieces.cpp",
                 f"{CODECS}/planes.cpp",
                 *(f"{CODECS}/exponents_{part}.cpp" for part in EXPONENTS),
+                *(f"{CODECS}/ladder_{part}.cpp" for part in LADDER),
                 *(f"{CODECS}/r32_{part}.cpp" for part in R32),
             ],
             depends=[
@@ -33,11 +35,22 @@ setup(
                 f"{CODECS}/planes.h",
                 f"{CODECS}/exponents.h",
                 *(f"{CODECS}/exponents_{part}.h" for part in ("blocks", "loops", "python")),
+                f"{CODECS}/ladder.h",
+                *(f"{CODECS}/ladder_{part}.h" for part in ("avx512", "decode", "loops", "plan", "python")),
                 f"{CODECS}/r32.h",
-                *(f"{CODECS}/r32_{part}.h" for part in ("kernels", "python", "step", "threads")),
+                *(f"{CODECS}/r32_{part}.h" for part in ("digits", "kernels", "python", "step", "threads")),
             ],
             include_dirs=[CORE, CODECS],
-            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"],
+            # Without contraction of a*b+c a number is the same on every processor, and NumPy's.
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-g0",
+                "-fvisibility=hidden",
+                "-ffp-contract=off",
+                "-Wall",
+                "-Wextra",
+            ],
             language="c++",
             py_limited_api=True,
             optional=True,

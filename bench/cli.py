@@ -19,8 +19,13 @@ from kvstore.errors import KVStoreError
 
 SUITES: dict[str, tuple[tuple[str, ...], str]] = {
     "tiers": (
-        ("kvstore.bench.tiers_dram", "kvstore.bench.tiers_nvme"),
-        "the dram and nvme tiers against memcpy and plain O_DIRECT",
+        (
+            "kvstore.bench.tiers_dram",
+            "kvstore.bench.tiers_nvme",
+            "kvstore.bench.tiers_fio",
+            "kvstore.bench.tiers_events",
+        ),
+        "the dram and nvme tiers against memcpy, plain O_DIRECT and (where it is installed) fio",
     ),
     "codec": (
         ("kvstore.bench.codec", "kvstore.bench.codec_r32"),

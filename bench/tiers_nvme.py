@@ -19,7 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from kvstore import kernels
 from kvstore.bench.timing import paired
+from kvstore.container import PART_KV, ChunkMeta, ContainerWriter
+from kvstore.testing.chunks import sample_spec
 from kvstore.tier import IO_ALIGN, PutItem, ReadItem
 from kvstore.tiers.directio import THREADS_DEFAULT, aligned_buffer
 from kvstore.tiers.nvme import NvmeTier
@@ -89,10 +92,20 @@ def measure(directory: Path, quick: bool = False) -> dict[str, float]:
     return metrics | worst
 
 
+def fill_container(buffer: memoryview, seed: int) -> None:
+    """Write a container of random bytes that takes exactly the buffer: what a tier holds carries its own hashes."""
+    meta = ChunkMeta(fingerprint=bytes(32), key=seed.to_bytes(32, "little"), spec=sample_spec(), tokens=1)
+    writer = ContainerWriter(buffer, meta, codec="raw", segment_count=1)
+    body = writer.tail(0)
+    body[:] = random.Random(seed).randbytes(len(body))
+    writer.commit(level=0, part=PART_KV, layers=(0, 1), nbytes=len(body), xxh3=kernels.xxh3(body))
+    writer.finish()
+
+
 def _measure_size(directory: Path, nbytes: int, rounds: int) -> dict[str, float]:
     buffers = [aligned_buffer(nbytes) for _ in range(BATCH)]
     for number, buffer in enumerate(buffers):
-        buffer[:] = random.Random(number).randbytes(nbytes)
+        fill_container(buffer, number)
     # Half of the tier is kept free: every put is into a full tier and evicts what was put before.
     room_bytes = CALLERS * BATCH * nbytes
     tier = NvmeTier(directory / f"tier-{nbytes}", 2 * room_bytes + IO_ALIGN, evict_ahead_bytes=room_bytes)

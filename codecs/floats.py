@@ -22,7 +22,7 @@ _FLOAT8 = {"float8_e4m3": (4, 3, 0x7E), "float8_e5m2": (5, 2, 0x7B)}
 def to_float32(bits: Bits, dtype: DType) -> Float32:
     """The numbers that bit patterns of `dtype` stand for, exactly; a new contiguous array of the same shape."""
     if dtype == "bfloat16":
-        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return np.left_shift(bits, np.uint32(16), dtype=np.uint32, order="C").view(np.float32)
     if dtype == "float32":
         return np.array(bits, dtype=np.uint32, order="C").view(np.float32)
     if dtype == "float16":

@@ -8,11 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore import kernels
+from kvstore.codecs import ladder_loops
 from kvstore.codecs.floats import from_float32, to_float32
 from kvstore.codecs.ladder_bank import Bank
-from kvstore.codecs.ladder_classes import LEVELS, PITCH, shifted_step
-from kvstore.codecs.ladder_level import VALUE_MAX, Ints, ladder_values
+from kvstore.codecs.ladder_classes import LEVELS, shifted_step
+from kvstore.codecs.ladder_level import VALUE_MAX, Ints
 from kvstore.codecs.ladder_profile import LadderProfile, PartProfile
+from kvstore.codecs.ladder_reference import Part
 from kvstore.codecs.ladder_segment import (
     CODED,
     FLAG_UNROTATED,
@@ -20,8 +22,6 @@ from kvstore.codecs.ladder_segment import (
     BlockSet,
     Numbers,
     Params,
-    read_segment_level,
-    write_level,
 )
 from kvstore.codecs.ladder_transform import BASE_STEP, ChunkScales, Transform
 from kvstore.codecs.rotary import Rotation, rotated_part
@@ -90,17 +90,12 @@ class GroupCoder:
             if finest is None:
                 return raw
             transforms.append(transform)
-            ladders += [ladder_values(own) for own in finest]
+            ladders.append(finest)
             exact.append(tokens)
         blocks = BlockSet([own for transform in transforms for own in transform.classes], self._tokens)
-        levels = []
-        seen: Sequence[Ints | None] = [None] * len(ladders)
-        for level in range(LEVELS):
-            parts, seen = write_level(blocks, level, [ladder[level] for ladder in ladders], seen, self._bank)
-            levels.append(parts)
+        out = ladder_loops.encode(blocks, np.concatenate(ladders), self._bank)
         scales = [data for t in transforms if isinstance(t, ChunkScales) for data in t.to_bytes()]
-        levels[0] = [*self._exact_bytes(arrays, exact), *scales, *levels[0]]
-        out = [b"".join(np.ascontiguousarray(piece).data for piece in pieces) for pieces in levels]
+        out[0] = b"".join([*(piece.tobytes() for piece in (*self._exact_bytes(arrays, exact), *scales)), out[0]])
         if any(len(own) > bound for own, bound in zip(out, bounds, strict=True)):
             return raw
         if sum(map(len, out)) > RAW_SHARE * bounds[0]:
@@ -125,21 +120,13 @@ class GroupCoder:
         exact = self._read_exact(cursor)
         transforms = [self._read_transform(index, params, cursor) for index in range(len(self._parts))]
         blocks = BlockSet([own for transform in transforms for own in transform.classes], self._tokens)
-        values: Sequence[Ints | None] = [None] * len(blocks.classes)
-        for level, data in enumerate(levels):
-            cursor = cursor if level == 0 else Numbers(data)
-            values = read_segment_level(blocks, level, values, cursor, self._bank)
-        numbers = [
-            self._dequantise(own, classes, len(levels) - 1)
-            for own, classes in zip(values, blocks.classes, strict=True)
-            if own is not None
+        targets = [[pair[part] for pair in arrays[slice(*self._layers)]] for part in self._parts]
+        turns = [
+            Rotation.consecutive(self._spec.rope, position, self._tokens) if part == self._rotated else None
+            for part in self._parts
         ]
-        for part, transform in zip(self._parts, transforms, strict=True):
-            x = transform.synthesise(numbers[: len(transform.classes)])
-            numbers = numbers[len(transform.classes) :]
-            if part == self._rotated:
-                Rotation.consecutive(self._spec.rope, position, self._tokens).apply(x)
-            self._save(x, arrays, part)
+        parts = [Part(*own) for own in zip(transforms, targets, turns, strict=True)]
+        ladder_loops.decode(blocks, [cursor.rest().data, *levels[1:]], self._bank, parts, self._spec.dtype)
         for part, tokens, bits in exact:
             kept = self._moved(bits, part, params.first_position, position, tokens) if moved else bits
             for array, own in zip(arrays[slice(*self._layers)], kept, strict=True):
@@ -147,7 +134,7 @@ class GroupCoder:
 
     def _quantise(
         self, index: int, x: Float32, sinks: Tokens, shift: int, step: np.float32
-    ) -> tuple[Transform, list[Ints] | None, Tokens]:
+    ) -> tuple[Transform, Ints | None, Tokens]:
         """Transform, finest values of every block and exact tokens; no values if one does not fit a patch."""
         transform: Transform
         if self._tables is None:
@@ -159,26 +146,12 @@ class GroupCoder:
         if self._tables is None and len(exact) > len(sinks):
             transform = ChunkScales.measure(x, exact, shift)
             numbers = transform.analyse(x)
-        finest = []
-        for own in numbers:
-            own[exact] = 0
-            scaled = np.rint(own * np.float32(3 ** (LEVELS - 1)))
-            if not bool(np.all(np.abs(scaled) <= VALUE_MAX)):
-                return transform, None, exact
-            finest.append(scaled.astype(np.int16))
-        return transform, finest, exact
-
-    def _dequantise(self, values: Ints, classes: npt.NDArray[np.int64], level: int) -> Float32:
-        """Components in base steps: the centroid of each value's bin; the last ones are left out if they are absent."""
-        scale = classes + PITCH * level
-        present = int(np.searchsorted(-scale, 0, side="right"))
-        if values[:, present:].any():  # patches
-            present = len(classes)
-        numbers = values[:, :present].astype(np.float32)
-        known = np.maximum(scale[:present], 0)
-        numbers -= np.sign(numbers) * np.where(scale[:present] < 0, np.float32(0), self._bank.centroids[known])
-        numbers *= np.float32(1 / 3**level)
-        return numbers
+        places = (
+            np.concatenate([np.arange(own.shape[1], dtype=np.uint32) for own in numbers])
+            if transform.placing is None
+            else transform.placing.places
+        )
+        return transform, ladder_loops.quantise(numbers, places, exact), exact
 
     def _read_transform(self, index: int, params: Params, cursor: Numbers) -> Transform:
         if self._tables is not None:
@@ -241,10 +214,6 @@ class GroupCoder:
     def _load(self, arrays: KVArrays, part: int) -> Float32:
         """(layers, heads, tokens, dim) fp32 of K or V."""
         return np.stack([to_float32(pair[part], self._spec.dtype) for pair in arrays[slice(*self._layers)]])
-
-    def _save(self, x: Float32, arrays: KVArrays, part: int) -> None:
-        for values, pair in zip(x, arrays[slice(*self._layers)], strict=True):
-            pair[part][...] = from_float32(values, self._spec.dtype)
 
 
 def _codable(x: Float32) -> bool:

@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from kvstore.codecs.ladder_bank import CENTROIDS, Bank, can_code
 from kvstore.codecs.ladder_classes import CODES, SHIFT_MAX, TABLES, class_of
+from kvstore.codecs.ladder_transform import Placing
 from kvstore.codecs.profile import Profile
 from kvstore.codecs.r32 import TableSet
 from kvstore.errors import CodecError, ContainerError
@@ -161,42 +162,50 @@ class PartProfile:
             self._blocks = range(layers[0] // tables.block_layers, -(-layers[1] // tables.block_layers))
         else:
             self._blocks = range(layers[0] * heads, layers[1] * heads)
-        self._mean = tables.mean[slice(*layers)][:, :, None, :]
+        self.means = np.ascontiguousarray(tables.mean[slice(*layers)])
+        self.steps = np.full(len(self._blocks), step, dtype=np.float32)
         self.classes = [class_of(tables.sorted_codes[block], shift) for block in self._blocks]
 
     def analyse(self, x: Float32) -> list[Float32]:
-        """Every block's components in base steps."""
-        centred = x - self._mean
+        """Every block's components in base steps; in the order of channels where they are channels."""
+        centred = x - self.means[:, :, None, :]
         inverse_step = np.float32(1) / self._step
         if self._tables.basis is None:
             centred *= self._tables.root[slice(*self._layers)][:, :, None, :] * inverse_step
-            rows = centred.reshape(len(self._blocks), -1, x.shape[-1])
-            return [rows[i][:, self._tables.order[block]] for i, block in enumerate(self._blocks)]
+            return list(centred.reshape(len(self._blocks), -1, x.shape[-1]))
         return [
             np.matmul(matrix, self._tables.matrices(block)[0] * inverse_step, dtype=np.float32)
             for block, matrix in zip(self._blocks, self._to_blocks(centred), strict=True)
         ]
 
-    def synthesise(self, blocks: Sequence[Float32]) -> Float32:
-        """Channels from the components of every block; those behind the last one given are 0."""
-        layers, heads, dim = self._layers[1] - self._layers[0], *self._tables.mean.shape[1:]
+    @property
+    def placing(self) -> Placing | None:
+        """Channels in the order of their classes, times the inverse of the root; None with a basis."""
+        if self._tables.basis is not None:
+            return None
+        order = self._tables.order[self._blocks.start : self._blocks.stop]
+        gains = self._tables.inverse[slice(*self._layers)]
+        return Placing(order.reshape(-1).astype(np.uint32), np.asarray(gains, np.float32).reshape(-1))
+
+    def products(self, blocks: Sequence[Float32]) -> list[Float32]:
+        """Channels from the components: by the basis, or by place and gain."""
+        layers, heads, dim = self.means.shape
         tokens = len(blocks[0])
         if self._tables.basis is None:
-            out = np.zeros((len(blocks), tokens, dim), dtype=np.float32)
-            for target, index, block in zip(out, self._blocks, blocks, strict=True):
-                target[:, self._tables.order[index, : block.shape[1]]] = block * self._step
-            x: Float32 = out.reshape(layers, heads, tokens, dim)
-            x *= self._tables.inverse[slice(*self._layers)][:, :, None, :]
-        else:
-            x = self._from_blocks(
-                [
-                    np.matmul(block * self._step, self._tables.matrices(index)[1][: block.shape[1]], dtype=np.float32)
-                    for index, block in zip(self._blocks, blocks, strict=True)
-                ],
-                (layers, heads, tokens, dim),
+            placed = np.zeros((len(blocks), tokens, dim), dtype=np.float32)
+            for target, index, block in zip(placed, self._blocks, blocks, strict=True):
+                target[:, self._tables.order[index, : block.shape[1]]] = block
+            return list(
+                placed.reshape(layers, heads, tokens, dim) * self._tables.inverse[slice(*self._layers)][:, :, None]
             )
-        x += self._mean
-        return x
+        width = self._tables.block_layers * heads * dim if self._tables.whole else dim
+        out = np.empty((len(blocks), tokens, width), dtype=np.float32)
+        for target, index, block in zip(out, self._blocks, blocks, strict=True):
+            np.matmul(block, self._tables.matrices(index)[1][: block.shape[1]], out=target)
+        if not self._tables.whole:
+            return list(out.reshape(layers, heads, tokens, dim))
+        split = out.reshape(len(blocks), tokens, -1, heads, dim).transpose(0, 2, 3, 1, 4)
+        return [layer for block in split for layer in block][:layers]
 
     def _to_blocks(self, x: Float32) -> list[Float32]:
         """(layers, heads, tokens, dim) to a (tokens, channels) matrix a block."""
@@ -208,11 +217,3 @@ class PartProfile:
             x = np.concatenate([x, np.zeros((missing, heads, tokens, dim), dtype=np.float32)])
         grouped = x.reshape(len(self._blocks), -1, heads, tokens, dim).transpose(0, 3, 1, 2, 4)
         return list(grouped.reshape(len(self._blocks), tokens, -1))
-
-    def _from_blocks(self, matrices: list[Float32], shape: tuple[int, int, int, int]) -> Float32:
-        layers, heads, tokens, dim = shape
-        if not self._tables.whole:
-            return np.stack(matrices).reshape(shape)
-        split = np.stack(matrices).reshape(len(matrices), tokens, self._tables.block_layers, heads, dim)
-        joined = split.transpose(0, 2, 3, 1, 4).reshape(-1, heads, tokens, dim)
-        return np.ascontiguousarray(joined[:layers])

@@ -11,6 +11,7 @@ interface:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -30,6 +31,18 @@ MEAN_STEPS = 16
 """Steps of a mean's unit in a base step, before its exponent."""
 
 
+@dataclass(frozen=True)
+class Placing:
+    """How components become channels where each is one, for all blocks of a part, one behind the other.
+
+    Component i of a block, times the base step, is channel `places[i]` (u32) of its head, and that channel is
+    multiplied by its `gains` (fp32, in channel order) before its mean is added.
+    """
+
+    places: npt.NDArray[np.uint32]
+    gains: Float32
+
+
 class Transform(Protocol):
     """K or V of one layer group, x of shape (layers, heads, tokens, dim), to blocks (tokens, components) and back."""
 
@@ -37,11 +50,26 @@ class Transform(Protocol):
     def classes(self) -> Sequence[npt.NDArray[np.int64]]:
         """Scale classes of every block's components at level 0, descending."""
 
-    def analyse(self, x: Float32) -> list[Float32]:
-        """Every block's components in base steps."""
+    @property
+    def steps(self) -> Float32:
+        """Every block's base step."""
 
-    def synthesise(self, blocks: Sequence[Float32]) -> Float32:
-        """Channels from the components of every block; those behind the last one given are 0."""
+    @property
+    def means(self) -> Float32:
+        """What is added to the channels in the end, (layers, heads, dim)."""
+
+    @property
+    def placing(self) -> Placing | None:
+        """How components become channels; None where a matrix makes them. Blocks are then more than a head, perhaps."""
+
+    def analyse(self, x: Float32) -> list[Float32]:
+        """Every block's components in base steps; in the order of channels where they are channels."""
+
+    def products(self, blocks: Sequence[Float32]) -> list[Float32]:
+        """Channels less their means, (heads, tokens, dim) a layer, from every block's components times its step.
+
+        Components behind the last one given are 0. A token's channels are consecutive.
+        """
 
 
 class ChunkScales:
@@ -60,23 +88,26 @@ class ChunkScales:
         codes: npt.NDArray[np.uint8],
     ) -> None:
         self._shape = shape
-        self._steps = steps
         self._exponents = exponents
         self._means = means
         self._codes = codes
         self._order = np.argsort(CODES - codes, axis=1, kind="stable")
         units = np.ldexp(steps * np.float32(1 / MEAN_STEPS), exponents.astype(np.int32))
-        self._centres = (means.astype(np.float32) * units[:, None])[:, None, :]
+        self.steps = steps
+        self.means = (means.astype(np.float32) * units[:, None]).reshape(*shape, -1)
         self.classes = list(class_of(np.take_along_axis(codes, self._order, axis=1), 0))
 
     @classmethod
     def measure(cls, x: Float32, exact: npt.NDArray[np.int64], shift: int) -> ChunkScales:
         """Scales of x (layers, heads, tokens, dim) without its exact tokens."""
         layers, heads, tokens, dim = x.shape
-        rows = np.delete(x, exact, axis=2).reshape(layers * heads, -1, dim) if len(exact) < tokens else x[:, :, :1]
-        rows = rows.reshape(layers * heads, -1, dim)
+        leading = len(exact) == 0 or int(exact[-1]) == len(exact) - 1  # as sinks alone are: then nothing needs copying
+        others = x[:, :, len(exact) :] if leading else np.delete(x, exact, axis=2)
+        rows = (others if len(exact) < tokens else x[:, :, :1]).reshape(layers * heads, -1, dim)
         mean = rows.mean(axis=1, dtype=np.float64)
-        deviation = rows.std(axis=1, dtype=np.float64)
+        centred = rows - mean.astype(np.float32)[:, None, :]
+        variance = np.einsum("btc,btc->bc", centred, centred) / np.float32(max(1, rows.shape[1]))
+        deviation = np.sqrt(variance.astype(np.float64))
         largest = np.abs(mean).max(axis=1, initial=0.0)
         average = deviation.mean(axis=1) if dim else np.zeros(len(rows))
         constant = np.where(largest > 0, largest / 64, 1.0)
@@ -92,7 +123,7 @@ class ChunkScales:
     def to_bytes(self) -> list[npt.NDArray[np.uint8]]:
         """Steps, exponents, means, then four stored classes to three bytes."""
         return [
-            self._steps.astype("<f4").view(np.uint8),
+            self.steps.astype("<f4").view(np.uint8),
             self._exponents.view(np.uint8),
             self._means.reshape(-1).view(np.uint8),
             _pack_codes(self._codes.reshape(-1)),
@@ -112,19 +143,22 @@ class ChunkScales:
         return cls((layers, heads), steps, exponents, means, _unpack_codes(packed, blocks * dim).reshape(blocks, dim))
 
     def analyse(self, x: Float32) -> list[Float32]:
-        """Channels less their means, in base steps, sorted."""
-        rows = x.reshape(len(self._steps), -1, x.shape[-1])
-        scaled = (rows - self._centres) / self._steps[:, None, None]
-        return [block[:, order] for block, order in zip(scaled, self._order, strict=True)]
+        """Channels less their means, in base steps."""
+        scaled = x.reshape(len(self.steps), -1, x.shape[-1]) - self.means.reshape(len(self.steps), 1, -1)
+        scaled /= self.steps[:, None, None]
+        return list(scaled)
 
-    def synthesise(self, blocks: Sequence[Float32]) -> Float32:
-        """Components times the base step plus the means, each operation rounded to fp32."""
-        dim = self._codes.shape[1]
-        out = np.zeros((len(blocks), len(blocks[0]) if blocks else 0, dim), dtype=np.float32)
-        for target, block, order, step in zip(out, blocks, self._order, self._steps, strict=True):
-            target[:, order[: block.shape[1]]] = block * step
-        out += self._centres
-        return out.reshape(*self._shape, -1, dim)
+    @property
+    def placing(self) -> Placing:
+        """Channels in the order of their classes."""
+        return Placing(self._order.reshape(-1).astype(np.uint32), np.ones(self._order.size, dtype=np.float32))
+
+    def products(self, blocks: Sequence[Float32]) -> list[Float32]:
+        """Channels from the components, which they are."""
+        out = np.zeros((len(blocks), len(blocks[0]) if blocks else 0, self._codes.shape[1]), dtype=np.float32)
+        for target, block, order in zip(out, blocks, self._order, strict=True):
+            target[:, order[: block.shape[1]]] = block
+        return list(out.reshape(*self._shape, *out.shape[1:]))
 
 
 def _pack_codes(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -65,5 +65,17 @@ def get(codec_id: str, profile: bytes = ROOT) -> Codec:
 
 
 @functools.cache
+def is_exact(codec_id: str) -> bool | None:
+    """Whether a codec returns the bits it was given; None if there is no such codec. Needs no profile."""
+    entry = _entries().get(codec_id)
+    if entry is None:
+        return None
+    try:
+        return bool(getattr(entry.load(), "exact", False))
+    except (ImportError, AttributeError):
+        return None
+
+
+@functools.cache
 def _entries() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=GROUP)} | _BUILTIN

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -31,7 +32,7 @@ def rotated_part(spec: KVSpec) -> int | None:
 
 
 class Rotation:
-    """The rotation of tokens at these positions.
+    """The rotation of tokens at these positions: `cosine` and `sine` (tokens, half) fp32.
 
     Args:
         rope: of a spec for which `rotated_part` is not None.
@@ -46,28 +47,34 @@ class Rotation:
         factor = attention_factor(rope)
         self.half = len(frequencies)
         self.factor = factor
-        self._cosine = (np.cos(angles) * factor).astype(np.float32)
-        self._sine = (np.sin(angles) * factor).astype(np.float32)
+        self.cosine = (np.cos(angles) * factor).astype(np.float32)
+        self.sine = (np.sin(angles) * factor).astype(np.float32)
 
     @classmethod
     def consecutive(cls, rope: Rope, first_position: int, tokens: int) -> Rotation:
-        """The rotation of `tokens` tokens, the first at `first_position`."""
-        return cls(rope, first_position + np.arange(tokens, dtype=np.int64))
+        """The rotation of `tokens` tokens, the first at `first_position`; a chunk's layer groups share one."""
+        return _consecutive(msgspec.json.encode(rope), first_position, tokens)
 
     def apply(self, values: Float32) -> None:
         """Rotate in place; (..., tokens, dim) fp32."""
-        self._turn(values, self._cosine, self._sine)
+        self._turn(values, self.cosine, self.sine)
 
     def undo(self, values: Float32) -> None:
         """Rotate back in place; (..., tokens, dim) fp32."""
         scale = np.float32(1 / (self.factor * self.factor))
-        self._turn(values, self._cosine * scale, -self._sine * scale)
+        self._turn(values, self.cosine * scale, -self.sine * scale)
 
     def _turn(self, values: Float32, cosine: Float32, sine: Float32) -> None:
         first, second = values[..., : self.half], values[..., self.half : 2 * self.half]
         turned = first * cosine - second * sine
         second[...] = second * cosine + first * sine
         first[...] = turned
+
+
+@functools.lru_cache(maxsize=8)
+def _consecutive(rope: bytes, first_position: int, tokens: int) -> Rotation:
+    """Of a rope as JSON, for a rope with parameters cannot be a key."""
+    return Rotation(msgspec.json.decode(rope, type=Rope), first_position + np.arange(tokens, dtype=np.int64))
 
 
 def attention_factor(rope: Rope) -> float:

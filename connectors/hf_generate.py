@@ -140,5 +140,8 @@ class FirstStep(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Note the time of the first call."""
-        self.seconds = self.seconds or time.perf_counter()
+        if not self.seconds:
+            if scores.is_cuda:
+                torch.cuda.synchronize(scores.device)
+            self.seconds = time.perf_counter()
         return scores

@@ -9,21 +9,35 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from typing import Literal
 
 from kvstore import gate
-from kvstore.chunk import check_coverage, encode_chunk, encoded_bytes_max
-from kvstore.client import Client, Part, PutChunk
+from kvstore.arguments import check_fetch
+from kvstore.chunk import check_coverage, decode_groups, encode_chunk, encoded_bytes_max
+from kvstore.client import Client, Origin, Part, PutChunk
 from kvstore.codec import Codec
 from kvstore.codecs import registry
 from kvstore.connector import KVMemory, Loaded, Stored
-from kvstore.container import FLAG_CONTENT_KEY, ChunkMeta, Header, expect
+from kvstore.container import (
+    FLAG_CONTENT_KEY,
+    FLAG_FROM_LOSSY,
+    FLAG_LOSSY_ALLOWED,
+    ChunkMeta,
+    Header,
+    expect,
+)
+from kvstore.cost import CostModel
 from kvstore.errors import ConfigError, ContainerError
 from kvstore.keys import ROOT, KeyScheme, Tokens
+from kvstore.load_control import Batch, Candidate, LoadControl
 from kvstore.outcome import Lookup, Miss, Reason
 from kvstore.spec import KVSpec
 
 LOAD_DEADLINE_MS_DEFAULT = 5_000.0
 STORE_DEADLINE_MS_DEFAULT = 5_000.0
+
+LoadPolicy = Literal["cost", "always"]
+LOAD_POLICIES: tuple[LoadPolicy, ...] = ("cost", "always")
 
 
 class PrefixStore:
@@ -41,9 +55,15 @@ class PrefixStore:
             behind lossy KV is not exact either, so `keys` must not be those of exact readers.
         gates: records of the quality gate, of this model and others.
         gate_command: for a lossy codec, the command line that would get a record.
+        min_quality: chunks stored in a lower quality are not loaded, see `Client`.
+        decode_in_store: let the store decode; for hosts where that is cheaper.
+        load_policy: "cost" loads what is expected to come sooner than the engine would compute it, once both have been
+            observed; "always" loads whatever there is.
+        costs: what loads and prefills took so far; None for nothing yet.
 
     Raises:
-        ConfigError: a deadline is not positive, or the codec is lossy and has no pass; says how to get one.
+        ConfigError: a deadline is not positive, there is no such policy, or the codec is lossy and has no pass; says
+            how to get one.
         CodecError: the codec cannot serve the spec.
     """
 
@@ -60,13 +80,24 @@ class PrefixStore:
         limits: gate.Limits | None = None,
         gates: Sequence[gate.GateRecord] = (),
         gate_command: Callable[[Codec], str] = gate.command,
+        min_quality: int = 0,
+        decode_in_store: bool = False,
+        load_policy: LoadPolicy = "cost",
+        costs: CostModel | None = None,
     ) -> None:
         for field, value in (("load_deadline_ms", load_deadline_ms), ("store_deadline_ms", store_deadline_ms)):
             if not value > 0:
                 raise ConfigError(f"{field} is {value}; give a positive number of milliseconds")
+        if load_policy not in LOAD_POLICIES:
+            raise ConfigError(f"load_policy is {load_policy!r}; use one of {', '.join(LOAD_POLICIES)}")
         self.client = client
+        self.costs = costs or CostModel()
+        self._load_policy = load_policy
         self.spec = spec
         self.keys = keys
+        check_fetch("chunk", min_quality, decode=decode_in_store)
+        self._min_quality = min_quality
+        self._decode_in_store = decode_in_store
         self._limits = limits
         self._gates = gates
         verdict = self._judge(codec, max(plan.level for plan in codec.plan(spec, keys.chunk_tokens)))
@@ -88,12 +119,17 @@ class PrefixStore:
         if not wanted:
             return Loaded()
         started = time.perf_counter()
-        deadline = started + self.load_deadline_ms / 1e3
         found = self._lookup(wanted)
         looked_up = time.perf_counter()
         chunks, nbytes, stop = 0, 0, None
         if found.chunks:
-            chunks, nbytes, stop = self._fetch(wanted[: found.chunks], memory, deadline)
+            savings_ms = None
+            if self._load_policy == "cost":
+                savings_ms = self.costs.savings_ms(found.chunks, self.keys.chunk_tokens)
+            deadline_ms = self.load_deadline_ms - (looked_up - started) * 1e3
+            control = LoadControl(self.costs, self._candidates(found), savings_ms, deadline_ms=deadline_ms)
+            nbytes, stop = self._fetch(wanted[: found.chunks], memory, control)
+            chunks = control.loaded
         stop = stop or found.stop
         if stop is None and chunks < len(wanted):
             stop = Miss(Reason.ABSENT, "the store named no reason")
@@ -107,8 +143,24 @@ class PrefixStore:
             load_ms=(time.perf_counter() - looked_up) * 1e3,
         )
 
-    def store(self, chain: Sequence[bytes], first: int, memory: KVMemory) -> Stored:
-        """Store chunks `first` and later of `chain` from `memory`, which holds the KV of all their tokens."""
+    def fetch(self, keys: Sequence[bytes], first: int, memory: KVMemory) -> Loaded:
+        """Load chunks that a lookup has found into `memory`; the first of them is chunk `first` of its prompt.
+
+        `chunks` counts from there, and so do the positions of `misses`.
+        """
+        started = time.perf_counter()
+        candidates = [Candidate("", (self._chunk_bytes_max,))] * len(keys)
+        control = LoadControl(self.costs, candidates, None, deadline_ms=self.load_deadline_ms)
+        nbytes, stop = self._fetch(keys, memory, control, first)
+        misses = {} if stop is None else _misses(control.loaded, len(keys), stop)
+        load_ms = (time.perf_counter() - started) * 1e3
+        return Loaded(chunks=control.loaded, nbytes=nbytes, stop=stop, misses=misses, load_ms=load_ms)
+
+    def store(self, chain: Sequence[bytes], first: int, memory: KVMemory, *, replace: bool = False) -> Stored:
+        """Store chunks `first` and later of `chain` from `memory`, which holds the KV of all their tokens.
+
+        With `replace`, what the store has of them is deleted first: see `replaceable`.
+        """
         if first >= len(chain):
             return Stored()
         started = time.perf_counter()
@@ -116,6 +168,8 @@ class PrefixStore:
         failures: Counter[Reason] = Counter()
         chunks, existed, detail = 0, 0, ""
         try:
+            if replace:
+                self.client.delete(chain[first:])
             for status in self.client.put(puts, durable=self.durable, deadline_ms=self.store_deadline_ms):
                 if status.existed:
                     existed += 1
@@ -141,17 +195,49 @@ class PrefixStore:
         except Exception as error:  # whatever goes wrong with the store must not reach the engine
             return Lookup((), Miss(Reason.UNAVAILABLE, _describe(error)))
 
-    def _fetch(self, keys: Sequence[bytes], memory: KVMemory, deadline: float) -> tuple[int, int, Miss | None]:
-        """Fill `memory` chunk by chunk; answers good chunks, their container bytes, and why it stopped early."""
-        remaining_ms = (deadline - time.perf_counter()) * 1e3
-        if remaining_ms <= 0:
-            return 0, 0, Miss(Reason.DEADLINE, f"the lookup took all of {self.load_deadline_ms:g} ms")
+    def _candidates(self, found: Lookup) -> list[Candidate]:
+        """What could be loaded. A store that does not tell sizes is taken to hold chunks of the largest."""
+        sizes = found.nbytes if len(found.nbytes) == found.chunks else (self._chunk_bytes_max,) * found.chunks
+        return [Candidate(tier, (max(1, nbytes),)) for tier, nbytes in zip(found.tiers, sizes, strict=True)]
+
+    def _fetch(
+        self, keys: Sequence[bytes], memory: KVMemory, control: LoadControl, first: int = 0
+    ) -> tuple[int, Miss | None]:
+        """Fill `memory` as `control` has it; answers the container bytes, and why it stopped early."""
+        began = time.perf_counter()
+
+        def now_ms() -> float:
+            return (time.perf_counter() - began) * 1e3
+
+        nbytes = 0
+        while (batch := control.next(now_ms())) is not None:
+            here = control.loaded
+            added, miss = self._fetch_batch(keys[here : batch.stop], memory, control, batch, first + here, now_ms)
+            control.ended(now_ms(), miss)
+            nbytes += added
+        return nbytes, control.stop
+
+    def _fetch_batch(
+        self,
+        keys: Sequence[bytes],
+        memory: KVMemory,
+        control: LoadControl,
+        batch: Batch,
+        first: int,
+        now_ms: Callable[[], float],
+    ) -> tuple[int, Miss | None]:
         try:
-            parts = self.client.fetch(keys, order="chunk", deadline_ms=remaining_ms)
+            parts = self.client.fetch(
+                keys,
+                order="chunk",
+                deadline_ms=max(0.0, batch.deadline_ms - now_ms()),
+                min_quality=self._min_quality,
+                decode=self._decode_in_store,
+            )
         except Exception as error:  # whatever goes wrong with the store must not reach the engine
-            return 0, 0, Miss(Reason.UNAVAILABLE, _describe(error))
+            return 0, Miss(Reason.UNAVAILABLE, _describe(error))
         try:
-            return self._take(parts, keys, memory, deadline)
+            return self._take(parts, keys, memory, control, batch, first, now_ms)
         finally:
             close = getattr(parts, "close", None)  # an Iterator need not have one; a generator does
             with suppress(Exception):  # what was taken has been verified, whatever closing says
@@ -159,33 +245,43 @@ class PrefixStore:
                     close()
 
     def _take(
-        self, parts: Iterator[Part], keys: Sequence[bytes], memory: KVMemory, deadline: float
-    ) -> tuple[int, int, Miss | None]:
+        self,
+        parts: Iterator[Part],
+        keys: Sequence[bytes],
+        memory: KVMemory,
+        control: LoadControl,
+        batch: Batch,
+        first: int,
+        now_ms: Callable[[], float],
+    ) -> tuple[int, Miss | None]:
         """What `_fetch` answers; holds no view of the parts when it returns, so that they can be given back."""
         good, nbytes = 0, 0
         try:
             for part in parts:
                 if part.miss is not None:
-                    return good, nbytes, part.miss
-                nbytes += self._decode(part, good, keys[good], memory).total_bytes
+                    return nbytes, part.miss
+                control.arrived(now_ms())
+                header = self._decode(part, good, keys[good], memory, first)
+                control.decoded(now_ms(), header.codec)
+                nbytes += header.total_bytes
                 good += 1
                 if good == len(keys):
-                    return good, nbytes, None
-                if time.perf_counter() > deadline:
-                    return good, nbytes, Miss(Reason.DEADLINE, f"{good} chunks in {self.load_deadline_ms:g} ms")
+                    return nbytes, None
+                if now_ms() > batch.deadline_ms:
+                    return nbytes, Miss(Reason.DEADLINE, f"{control.loaded} chunks in {now_ms():.0f} ms")
         except ContainerError as error:
-            return good, nbytes, Miss(error.reason, error.detail)
+            return nbytes, Miss(error.reason, error.detail)
         except Exception as error:  # whatever goes wrong with the store must not reach the engine
-            return good, nbytes, Miss(Reason.UNAVAILABLE, _describe(error))
-        return good, nbytes, Miss(Reason.UNAVAILABLE, f"the store answered {good} of {len(keys)} chunks")
+            return nbytes, Miss(Reason.UNAVAILABLE, _describe(error))
+        return nbytes, Miss(Reason.UNAVAILABLE, f"the store answered {good} of {len(keys)} chunks")
 
-    def _decode(self, part: Part, index: int, key: bytes, memory: KVMemory) -> Header:
-        """Check that a part is the chunk asked for, whole, and decode it to its place."""
+    def _decode(self, part: Part, index: int, key: bytes, memory: KVMemory, first: int) -> Header:
+        """Check that a part is the chunk asked for, whole, and decode it to its place: `index` behind chunk `first`."""
         header = part.header
         if header is None or part.index != index or len(part.groups) != len(header.groups()):
             raise ContainerError(Reason.MALFORMED, f"the store answered chunk {part.index} in parts; asked for {index}")
         expect(header, key=key, fingerprint=self.keys.fingerprint)
-        start = index * self.keys.chunk_tokens
+        start = (first + index) * self.keys.chunk_tokens
         meta = header.meta
         if meta.spec != self.spec or meta.tokens != self.keys.chunk_tokens:
             raise ContainerError(Reason.MALFORMED, "the container is of another geometry or chunk size")
@@ -194,22 +290,30 @@ class PrefixStore:
         codec = registry.get(header.codec, header.profile)
         level = min((max(segment.level for segment, _ in group) for group in part.groups), default=0)
         verdict = self._judge(codec, level)
+        if meta.flags & FLAG_FROM_LOSSY:
+            verdict = self._judge_origin(part.origin)
         if not verdict.passed:
             raise ContainerError(Reason.UNGATED, verdict.reason)
         check_coverage(header)
         arrays = memory.writable(start, start + meta.tokens)
-        for group in part.groups:
-            codec.decode(group, arrays, self.spec)
+        decode_groups(codec, part.groups, arrays, self.spec)
         if time.monotonic() > part.expires_at:
             raise ContainerError(Reason.DEADLINE, "the lease on the chunk's bytes expired while they were read")
         memory.commit(start, start + meta.tokens)
         return header
 
-    def _judge(self, codec: Codec, level: int) -> gate.Verdict:
+    def _judge(self, codec: Codec | gate.Coding, level: int) -> gate.Verdict:
         """Whether chunks of a codec, decoded up to a level, may be served here."""
         if self._limits is None and not codec.exact:
             return gate.Verdict(False, f"{gate.describe(codec)} is lossy, and exact KV is wanted")
         return gate.check(self._gates, self.keys.fingerprint, codec, level, self._limits or gate.STANDARD)
+
+    def _judge_origin(self, origin: Origin | None) -> gate.Verdict:
+        """Whether what the store has decoded may be served here, by what it was stored as."""
+        if origin is None:
+            return gate.Verdict(False, "the chunk has been through a lossy codec, and the store does not say which")
+        profile = bytes.fromhex(origin.profile)
+        return self._judge(gate.Coding(id=origin.codec, profile=profile), origin.level)
 
     def _put(self, chain: Sequence[bytes], index: int, memory: KVMemory) -> PutChunk:
         tokens = self.keys.chunk_tokens
@@ -222,12 +326,18 @@ class PrefixStore:
             tokens=tokens,
             parent=parent,
             first_position=start,
+            flags=0 if self._limits is None else FLAG_LOSSY_ALLOWED,
         )
 
         def write(buffer: memoryview) -> int:
             return encode_chunk(self.codec, meta, memory.readable(start, start + tokens), buffer)
 
         return PutChunk(key=chain[index], nbytes_max=self._chunk_bytes_max, write=write, parent=parent)
+
+
+def replaceable(loaded: Loaded) -> bool:
+    """Whether the load stopped at a chunk that is there and too poor for this reader: its own will be better."""
+    return loaded.stop is not None and loaded.stop.reason in (Reason.LOW_QUALITY, Reason.UNGATED)
 
 
 def _misses(first: int, stop: int, miss: Miss) -> dict[int, Miss]:

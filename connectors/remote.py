@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import http.client
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import msgspec
 
+from kvstore.arguments import check_fetch, check_keys, deadline_at
 from kvstore.client import ChunkInfo, Client, Order, Part, PutChunk
+from kvstore.connectors.remote_events import RemoteEvents
 from kvstore.connectors.remote_http import Connection, UnreachableError, unreachable
 from kvstore.connectors.remote_link import CONTROL_SECONDS, GRACE_SECONDS, Link, counted, decode
 from kvstore.connectors.remote_put import RemotePut
 from kvstore.connectors.remote_session import ClientSession
 from kvstore.connectors.remote_stream import FrameSource, PartReader
 from kvstore.errors import ConfigError, ServiceError
+from kvstore.events import EventFilter, EventStream
+from kvstore.explaining import Explanation
 from kvstore.outcome import Lookup, Miss, PutStatus, Reason
 from kvstore.protocol import (
+    ExplainReply,
     FetchRequest,
     FlushReply,
     FlushRequest,
@@ -31,10 +36,10 @@ from kvstore.protocol import (
     KeysRequest,
     PinRequest,
     PrefetchRequest,
+    PromptRequest,
     StatusesReply,
-    check_keys,
+    Transport,
 )
-from kvstore.store import deadline_at
 
 
 class RemoteClient(Client):
@@ -54,6 +59,11 @@ class RemoteClient(Client):
     def __init__(self, url: str, *, token: str | None = None, timeout_ms: float = 5000) -> None:
         self._link = Link(url, token, timeout_ms / 1000)
 
+    @property
+    def put_codec(self) -> str:
+        """What the daemon said when it was first reached."""
+        return self._link.info.put_codec
+
     def put(
         self, chunks: Sequence[PutChunk], *, durable: bool = False, deadline_ms: float | None = None
     ) -> list[PutStatus]:
@@ -66,18 +76,24 @@ class RemoteClient(Client):
         """Longest prefix; empty, with the reason, if the daemon does not answer."""
         check_keys(keys)
         try:
-            return self._link.ask("lookup", KeysRequest(keys=_hex(keys)), Lookup, keys=len(keys))
+            return self._link.ask("lookup", PromptRequest(keys=_hex(keys)), Lookup, keys=len(keys))
         except UnreachableError as error:
             return Lookup((), error.miss)
 
     def fetch(
-        self, keys: Sequence[bytes], *, order: Order = "chunk", deadline_ms: float | None = None
+        self,
+        keys: Sequence[bytes],
+        *,
+        order: Order = "chunk",
+        deadline_ms: float | None = None,
+        min_quality: int = 0,
+        decode: bool = False,
     ) -> Iterator[Part]:
         """Iterate over the chunks' parts; what the daemon does not deliver misses."""
         check_keys(keys)
-        if order not in ("chunk", "layer"):
-            raise ConfigError(f"order is {order!r}; use chunk or layer")
-        return self._fetch(list(keys), order, deadline_at(deadline_ms))
+        check_fetch(order, min_quality, decode=decode)
+        request = FetchRequest(keys=_hex(keys), order=order, min_quality=min_quality, decode=decode)
+        return self._fetch(list(keys), request, deadline_at(deadline_ms))
 
     def head(self, keys: Sequence[bytes]) -> list[ChunkInfo | None]:
         """Size and tiers of each chunk."""
@@ -88,6 +104,19 @@ class RemoteClient(Client):
         except UnreachableError:
             return [None] * len(keys)
         return [None if entry is None else ChunkInfo(entry.nbytes, entry.tiers) for entry in entries]
+
+    def explain(self, keys: Sequence[bytes]) -> list[Explanation]:
+        """Where each chunk is, or why it is nowhere."""
+        check_keys(keys)
+        try:
+            reply = self._link.ask("explain", PromptRequest(keys=_hex(keys)), ExplainReply, keys=len(keys))
+            entries = counted(reply.chunks, len(keys))
+        except UnreachableError:
+            return []
+        return [
+            Explanation(**{**msgspec.structs.asdict(entry), "key": key})
+            for key, entry in zip(keys, entries, strict=True)
+        ]
 
     def prefetch(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
         """Ask for promotion and return at once."""
@@ -121,6 +150,18 @@ class RemoteClient(Client):
         except UnreachableError:
             return {}
 
+    def events(
+        self,
+        *,
+        after: int | None = None,
+        tiers: Collection[str] = (),
+        kinds: Collection[str] = (),
+        deadline_ms: float | None = None,
+    ) -> EventStream:
+        """What enters and leaves the daemon's tiers."""
+        EventFilter(tiers, kinds)
+        return RemoteEvents(self._link, after=after, tiers=tiers, kinds=kinds, deadline=deadline_at(deadline_ms))
+
     def flush(self, *, deadline_ms: float | None = None) -> bool:
         """Wait until everything put so far is durable."""
         deadline = deadline_at(deadline_ms)
@@ -145,23 +186,23 @@ class RemoteClient(Client):
         except UnreachableError:
             return [False] * len(keys)
 
-    def _fetch(self, keys: list[bytes], order: Order, deadline: float) -> Iterator[Part]:
+    def _fetch(self, keys: list[bytes], request: FetchRequest, deadline: float) -> Iterator[Part]:
         if not keys:
             return
         session = self._link.session(deadline)
         if session is not None and not session.begin_reading():
             session = None
         try:
-            yield from self._fetch_in(session, keys, order, deadline)
+            yield from self._fetch_in(session, keys, request, deadline)
         finally:
             if session is not None:
                 session.end_reading()
 
     def _fetch_in(
-        self, session: ClientSession | None, keys: list[bytes], order: Order, deadline: float
+        self, session: ClientSession | None, keys: list[bytes], request: FetchRequest, deadline: float
     ) -> Iterator[Part]:
         try:
-            connection, answer, session = self._open_stream(keys, order, deadline, session)
+            connection, answer, session = self._open_stream(request, deadline, session)
         except UnreachableError as error:
             for index in range(len(keys)):
                 yield Part(index, error.miss)
@@ -186,23 +227,20 @@ class RemoteClient(Client):
             yield Part(index, miss)
 
     def _open_stream(
-        self, keys: list[bytes], order: Order, deadline: float, session: ClientSession | None
+        self, request: FetchRequest, deadline: float, session: ClientSession | None
     ) -> tuple[Connection, http.client.HTTPResponse, ClientSession | None]:
         """An answer to read frames from, and the session they may refer to. Raises UnreachableError."""
-        self._link.check_keys_max(len(keys))
-        body = FetchRequest(
-            keys=_hex(keys),
-            order=order,
-            deadline_ms=_remaining_ms(deadline),
-            transport="shm" if session is not None else "bytes",
+        self._link.check_keys_max(len(request.keys))
+        transport: Transport = "shm" if session is not None else "bytes"
+        data = msgspec.json.encode(
+            msgspec.structs.replace(request, deadline_ms=_remaining_ms(deadline), transport=transport)
         )
-        data = msgspec.json.encode(body)
         try:
             return *self._link.open("POST", "/v1/fetch", data, deadline + GRACE_SECONDS, session=session), session
         except UnreachableError as error:
             if error.code != "no_session" or session is None:
                 raise
-        return self._open_stream(keys, order, deadline, None)
+        return self._open_stream(request, deadline, None)
 
 
 def _hex(keys: Sequence[bytes]) -> list[str]:

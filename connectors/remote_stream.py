@@ -256,7 +256,7 @@ class PartReader:
             [(segment, bytes_of(segment)) for segment in group] for group in chunk.groups[frame.group : stop]
         ]
         expires_at = frame.expires_at if frame.offset >= 0 else math.inf
-        return Part(frame.index, None, chunk.header, tuple(groups), expires_at)
+        return Part(frame.index, None, chunk.header, tuple(groups), expires_at, frame.origin)
 
     def _miss(self, index: int, miss: Miss) -> Part:
         self._chunks[index].done = True

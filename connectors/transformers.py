@@ -24,9 +24,16 @@ from kvstore.codecs import registry
 from kvstore.connector import Loaded, ReuseReport, Stored
 from kvstore.connectors.hf_generate import HEADROOM_TOKENS, FirstStep, GenerateSettings, Ids, prompt_rows
 from kvstore.connectors.model_identity import identify
-from kvstore.connectors.prefix import LOAD_DEADLINE_MS_DEFAULT, STORE_DEADLINE_MS_DEFAULT, PrefixStore
+from kvstore.connectors.prefix import (
+    LOAD_DEADLINE_MS_DEFAULT,
+    STORE_DEADLINE_MS_DEFAULT,
+    LoadPolicy,
+    PrefixStore,
+    replaceable,
+)
 from kvstore.connectors.torch_kv import TorchKV
 from kvstore.connectors.weights import weights_signature
+from kvstore.cost import CostModel
 from kvstore.errors import CodecError, ContainerError, SpecError
 from kvstore.keys import DEFAULT_CHUNK_TOKENS, ROOT, KeyScheme
 
@@ -39,6 +46,7 @@ class _Turn(msgspec.Struct):
     reused: int
     in_store: int
     stored: Stored
+    replace: bool = False
     compute_ms: float = 0.0
 
 
@@ -50,6 +58,7 @@ class TransformersConnector:
         client: the store, from `kvstore.connect`.
         chunk_tokens: tokens of a chunk; two connectors share KV only if it is the same.
         codec: id of a codec, or the codec itself; a lossy one needs a pass of the quality gate for this very model.
+            None for what the store asks for if that is exact, else `lossless`.
         durable: whether storing waits until the chunks would survive kill -9.
         load_deadline_ms: longest wait for lookup and load of one prompt; what is there by then is used.
         store_deadline_ms: longest wait for storing one prompt's chunks.
@@ -57,6 +66,10 @@ class TransformersConnector:
         limits: what lossy codecs may do to the model; None for no lossy KV at all, or, with a lossy `codec`,
             `gate.STANDARD`. Connectors with limits and without share no KV.
         gates: records of the quality gate; None for those in the directories of KVSTORE_PROFILES.
+        min_quality: chunks stored in a lower quality (`kvstore.client.Client`) are computed again instead.
+        decode_in_store: let the store (the daemon) decode the chunks instead of this process.
+        load_policy: "cost" computes again what would take longer to load, by what loads and prefills took so far;
+            "always" loads whatever there is.
 
     Raises:
         UnsupportedModelError: the model cannot be served exactly; names what and why.
@@ -69,22 +82,29 @@ class TransformersConnector:
         client: Client,
         *,
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
-        codec: str | Codec = "lossless",
+        codec: str | Codec | None = None,
         durable: bool = False,
         load_deadline_ms: float = LOAD_DEADLINE_MS_DEFAULT,
         store_deadline_ms: float = STORE_DEADLINE_MS_DEFAULT,
         salt: bytes = b"",
         limits: gate.Limits | None = None,
         gates: Sequence[gate.GateRecord] | None = None,
+        min_quality: int = 0,
+        decode_in_store: bool = False,
+        load_policy: LoadPolicy = "cost",
     ) -> None:
         self.model = model
         self.client = client
         self._chunk_tokens = chunk_tokens
-        self._codec = _codec(codec) if isinstance(codec, str) else codec
+        self._codec = codec if isinstance(codec, Codec) else _codec(codec or _wanted(client))
         self._durable = durable
         self._load_deadline_ms = load_deadline_ms
         self._store_deadline_ms = store_deadline_ms
         self._salt = salt
+        self._min_quality = min_quality
+        self._decode_in_store = decode_in_store
+        self._load_policy = load_policy
+        self._costs = CostModel()
         self._limits = gate.STANDARD if limits is None and not self._codec.exact else limits
         self._gates = gate_records.load_all() if gates is None and self._limits is not None else gates or ()
         self._prefixes = self._open()
@@ -123,8 +143,8 @@ class TransformersConnector:
         logits = self.model(
             input_ids[:, turn.reused :].to(self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
         ).logits[:, -1]
-        turn.compute_ms = (time.perf_counter() - started) * 1e3
-        turn.stored = prefixes.store(prefixes.chain(turn.ids), turn.in_store, memory)
+        self._computed(turn, started, len(turn.ids))
+        turn.stored = prefixes.store(prefixes.chain(turn.ids), turn.in_store, memory, replace=turn.replace)
         return cache, logits, _report(turn)
 
     @torch.no_grad()
@@ -152,7 +172,8 @@ class TransformersConnector:
         width = input_ids.shape[1]
         capacity = width + given.headroom_tokens(width)
         memory = TorchKV.allocate(prefixes.spec, len(prompts), capacity, self.model.device)
-        if len(prompts) == 1 and len(prompts[0]) == width:  # generate itself computes what was not loaded
+        alone = len(prompts) == 1 and len(prompts[0]) == width
+        if alone:  # generate itself computes what was not loaded
             turns = [self._load(prefixes, prompts[0], memory)]
             cache = memory.cache(turns[0].reused)
         else:
@@ -167,16 +188,40 @@ class TransformersConnector:
         final = TorchKV.of(prefixes.spec, cache)
         for row, (turn, sequence) in enumerate(zip(turns, sequences.cpu().numpy(), strict=True)):
             padding = width - len(turn.ids)
-            turn.compute_ms += (first_step.seconds - started) * 1e3
+            if alone:
+                self._computed(turn, started, len(turn.ids), first_step.seconds)
+            else:
+                turn.compute_ms += (first_step.seconds - started) * 1e3
             chain = prefixes.chain(given.worth_storing(sequence[padding:], len(turn.ids)))
-            turn.stored = turn.stored.plus(prefixes.store(chain, turn.in_store, final.row(row, padding)))
+            stored = prefixes.store(chain, turn.in_store, final.row(row, padding), replace=turn.replace)
+            turn.stored = turn.stored.plus(stored)
         return output, [_report(turn) for turn in turns]
 
     def _load(self, prefixes: PrefixStore, ids: Ids, memory: TorchKV) -> _Turn:
         """Load what is known of a prompt, at most all but its last token, whose logits are wanted."""
         loaded = prefixes.load(prefixes.chain(ids), memory, len(ids) - 1)
         reused = min(loaded.chunks * self._chunk_tokens, len(ids) - 1)
-        return _Turn(ids=ids, loaded=loaded, reused=reused, in_store=loaded.chunks, stored=Stored())
+        return _Turn(
+            ids=ids,
+            loaded=loaded,
+            reused=reused,
+            in_store=loaded.chunks,
+            stored=Stored(),
+            replace=replaceable(loaded),
+        )
+
+    def _computed(self, turn: _Turn, started: float, tokens: int, ended: float | None = None) -> None:
+        """Note that the prompt has been computed up to `tokens`, from what was reused on; times of time.perf_counter.
+
+        Without `ended` it ends when the device has done what it was asked to.
+        """
+        if ended is None:
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize(self.model.device)
+            ended = time.perf_counter()
+        turn.compute_ms = (ended - started) * 1e3
+        if tokens > turn.reused:
+            self._costs.observe_prefill(tokens=tokens - turn.reused, context=turn.reused, ms=turn.compute_ms)
 
     def _fill_row(self, prefixes: PrefixStore, ids: Ids, memory: TorchKV, row: int, width: int) -> _Turn:
         """Fill one row of a batch, padded on the left to `width`, with the KV of all tokens but the prompt's last.
@@ -191,10 +236,11 @@ class TransformersConnector:
         if turn.reused < len(ids) - 1:
             rest = torch.from_numpy(ids[turn.reused : -1]).to(self.model.device)
             self.model.base_model(rest[None], past_key_values=place.cache(turn.reused), use_cache=True)
-        turn.compute_ms = (time.perf_counter() - started) * 1e3
+        self._computed(turn, started, len(ids) - 1)
         chain = prefixes.chain(ids[:-1])
-        turn.stored = prefixes.store(chain, turn.in_store, place)
+        turn.stored = prefixes.store(chain, turn.in_store, place, replace=turn.replace)
         turn.in_store = max(turn.in_store, len(chain))
+        turn.replace = False
         return turn
 
     def _current(self) -> PrefixStore:
@@ -223,6 +269,10 @@ class TransformersConnector:
             limits=self._limits,
             gates=self._gates,
             gate_command=self._gate_command,
+            min_quality=self._min_quality,
+            decode_in_store=self._decode_in_store,
+            load_policy=self._load_policy,
+            costs=self._costs,
         )
 
     def _gate_command(self, codec: Codec) -> str:
@@ -231,6 +281,12 @@ class TransformersConnector:
         if self._chunk_tokens != DEFAULT_CHUNK_TOKENS:
             options += ["--chunk-tokens", str(self._chunk_tokens)]
         return gate.command(codec, self.model.name_or_path or "MODEL", options)
+
+
+def _wanted(client: Client) -> str:
+    """The codec to put chunks in when the caller named none: lossy ones are for those who ask for them."""
+    asked = client.put_codec
+    return asked if asked and registry.is_exact(asked) else "lossless"
 
 
 def _codec(codec_id: str) -> Codec:

@@ -59,3 +59,49 @@ def merge_rotated(array: Bits, planes: Buffer, /) -> None: ...
 def channel_sums(sums: Buffer, tops: Buffer, /) -> None: ...
 def count_tops(counts: Buffer, tops: Buffer, ids: Buffer, /) -> None: ...
 def exponents_use_isa(name: str, /) -> None: ...
+def ladder_decode_heads(
+    targets: Sequence[Bits],
+    dtype: str,
+    cosine: Buffer,
+    sine: Buffer,
+    rotated_start: int,
+    rotated_stop: int,
+    tokens: int,
+    classes: Buffer,
+    widths: Buffer,
+    steps: Buffer,
+    places: Buffer,
+    gains: Buffer,
+    centres: Buffer,
+    levels: Sequence[Buffer],
+    tables: Buffer,
+    centroids: Buffer,
+    /,
+) -> str: ...
+def ladder_decode_components(
+    numbers: Buffer,
+    present: Buffer,
+    tokens: int,
+    classes: Buffer,
+    widths: Buffer,
+    steps: Buffer,
+    levels: Sequence[Buffer],
+    tables: Buffer,
+    centroids: Buffer,
+    /,
+) -> str: ...
+def ladder_write_channels(
+    targets: Sequence[Bits],
+    dtype: str,
+    cosine: Buffer,
+    sine: Buffer,
+    rotated_start: int,
+    rotated_stop: int,
+    tokens: int,
+    channels: Sequence[Buffer],
+    means: Sequence[Buffer],
+    /,
+) -> str: ...
+def ladder_quantise(finest: Buffer, numbers: Sequence[Buffer], places: Buffer, marks: Buffer, /) -> bool: ...
+def ladder_encode(tokens: int, classes: Buffer, widths: Buffer, finest: Buffer, tables: Buffer, /) -> list[bytes]: ...
+def ladder_use_isa(name: str, /) -> None: ...

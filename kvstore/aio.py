@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar, cast
 
 from kvstore.client import ChunkInfo, Client, Order, Part, PutChunk
+from kvstore.events import Event
+from kvstore.explaining import Explanation
 from kvstore.outcome import Lookup, PutStatus
 
 P = ParamSpec("P")
@@ -43,10 +45,23 @@ class AsyncClient:
         return await self._run(self._client.lookup, keys)
 
     async def fetch(
-        self, keys: Sequence[bytes], *, order: Order = "chunk", deadline_ms: float | None = None
+        self,
+        keys: Sequence[bytes],
+        *,
+        order: Order = "chunk",
+        deadline_ms: float | None = None,
+        min_quality: int = 0,
+        decode: bool = False,
     ) -> AsyncIterator[Part]:
         """See `Client.fetch`. Leaving the loop early: close the iterator (`contextlib.aclosing`) to release at once."""
-        parts = await self._run(self._client.fetch, keys, order=order, deadline_ms=deadline_ms)
+        parts = await self._run(
+            self._client.fetch,
+            keys,
+            order=order,
+            deadline_ms=deadline_ms,
+            min_quality=min_quality,
+            decode=decode,
+        )
         step: asyncio.Future[Part | None] | None = None
         try:
             while True:
@@ -61,6 +76,10 @@ class AsyncClient:
     async def head(self, keys: Sequence[bytes]) -> list[ChunkInfo | None]:
         """See `Client.head`."""
         return await self._run(self._client.head, keys)
+
+    async def explain(self, keys: Sequence[bytes]) -> list[Explanation]:
+        """See `Client.explain`."""
+        return await self._run(self._client.explain, keys)
 
     async def prefetch(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
         """See `Client.prefetch`."""
@@ -81,6 +100,24 @@ class AsyncClient:
     async def stats(self) -> dict[str, Any]:
         """See `Client.stats`."""
         return await self._run(self._client.stats)
+
+    async def events(
+        self,
+        *,
+        after: int | None = None,
+        tiers: Collection[str] = (),
+        kinds: Collection[str] = (),
+        deadline_ms: float | None = None,
+    ) -> AsyncIterator[Event]:
+        """See `Client.events`. Every stream waits in a thread of its own, none of the pool's."""
+        stream = await self._run(self._client.events, after=after, tiers=tiers, kinds=kinds, deadline_ms=deadline_ms)
+        thread = ThreadPoolExecutor(1, thread_name_prefix="kvstore-events")
+        try:
+            while (event := await asyncio.get_running_loop().run_in_executor(thread, next, stream, None)) is not None:
+                yield event
+        finally:
+            self._submit(stream.close)
+            thread.shutdown(wait=False)
 
     async def flush(self, *, deadline_ms: float | None = None) -> bool:
         """See `Client.flush`."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from kvstore.codec import Codec, LayerSegments
 from kvstore.container import ChunkMeta, ContainerWriter, Header, container_bytes_max, expect, parse
 from kvstore.errors import ContainerError
 from kvstore.outcome import Reason
+from kvstore.parallel import for_each
 from kvstore.spec import KVArrays, KVSpec
+
+PARALLEL_BYTES_MIN = 1 << 19
+"""Fewer coded bytes are decoded sooner than another thread starts."""
 
 CodecFor = Callable[[str, bytes], Codec]
 """(codec id, profile id) -> codec; raises ContainerError with unknown_codec or unknown_profile."""
@@ -21,7 +25,9 @@ def encoded_bytes_max(codec: Codec, spec: KVSpec, tokens: int) -> int:
     return container_bytes_max(spec, [(plan.level, plan.bytes_max) for plan in codec.plan(spec, tokens)])
 
 
-def encode_chunk(codec: Codec, meta: ChunkMeta, arrays: KVArrays, target: memoryview) -> int:
+def encode_chunk(
+    codec: Codec, meta: ChunkMeta, arrays: KVArrays, target: memoryview, *, level_max: int | None = None
+) -> int:
     """Write the container of a chunk to the start of `target` and return its size in bytes.
 
     Args:
@@ -29,13 +35,14 @@ def encode_chunk(codec: Codec, meta: ChunkMeta, arrays: KVArrays, target: memory
         meta: what to write in the header; `meta.tokens` is the arrays' token count.
         arrays: K and V of every layer, each (heads, tokens, dim), any strides.
         target: at least `encoded_bytes_max` writable bytes.
+        level_max: the highest quality level to write; None for all.
 
     Raises:
         SpecError: the arrays do not fit `meta.spec`.
         CodecError: the codec cannot encode them.
     """
     meta.spec.check_arrays(arrays, meta.tokens)
-    plans = codec.plan(meta.spec, meta.tokens)
+    plans = [plan for plan in codec.plan(meta.spec, meta.tokens) if level_max is None or plan.level <= level_max]
     encode = codec.encoder(meta, arrays)
     writer = ContainerWriter(target, meta, codec=codec.id, segment_count=len(plans), profile=codec.profile)
     for plan in plans:
@@ -66,11 +73,12 @@ def decode_chunk(
     fingerprint: bytes | None = None,
     level_max: int | None = None,
     level_min: int | None = None,
+    threads: int | None = None,
 ) -> Header:
     """Fill `arrays` from a container, every byte used verified, and return its header.
 
     Quality levels above `level_max` (None: none) are left out. Where a level is damaged the ones below it serve, down
-    to `level_min` (None: never).
+    to `level_min` (None: never). Layer groups are decoded by up to `threads` threads (None: the available cores).
 
     Raises:
         ContainerError: with the reason for the miss; `arrays` are then unspecified.
@@ -81,9 +89,29 @@ def decode_chunk(
     header.meta.spec.check_arrays(arrays, header.meta.tokens)
     codec = codec_for(header.codec, header.profile)
     check_coverage(header)
-    for segments in group_segments(header, container, level_max):
-        decode_group(codec, segments, arrays, header.meta.spec, level_min=level_min)
+    groups = list(group_segments(header, container, level_max))
+    decode_groups(codec, groups, arrays, header.meta.spec, level_min=level_min, threads=threads)
     return header
+
+
+def decode_groups(
+    codec: Codec,
+    groups: Sequence[LayerSegments],
+    arrays: KVArrays,
+    spec: KVSpec,
+    *,
+    level_min: int | None = None,
+    threads: int | None = None,
+) -> None:
+    """`decode_group` for every one of some groups, in any order and at once; when it ends, nothing reads them any more.
+
+    Raises:
+        ContainerError: of one of them; the arrays are then unspecified.
+    """
+    small = sum(segment.length for group in groups for segment, _ in group) < PARALLEL_BYTES_MIN
+    for_each(
+        lambda group: decode_group(codec, group, arrays, spec, level_min=level_min), groups, 1 if small else threads
+    )
 
 
 def decode_group(

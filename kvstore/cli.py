@@ -1,4 +1,4 @@
-"""The `kvstore` command: serve, fsck, config, info, stats, calibrate, gate, bench."""
+"""The `kvstore` command: serve, fsck, config, info, stats, events, explain, calibrate, gate, bench."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import msgspec
 
 import kvstore
 from kvstore import config as configuration
-from kvstore.commands import calibrate, gate
+from kvstore.commands import calibrate, events, explain, gate
+from kvstore.commands.target import connect_target
 from kvstore.errors import KVStoreError
 
 
@@ -78,6 +79,8 @@ def _parser() -> _Parser:
     stats.add_argument("url", help="unix:/path or http://host:port")
     stats.add_argument("--token-file", default="", help="file with the bearer token")
 
+    events.add_arguments(_command(commands, "events", events.run, events.SUMMARY))
+    explain.add_arguments(_command(commands, "explain", explain.run, explain.SUMMARY))
     calibrate.add_arguments(_command(commands, "calibrate", calibrate.run, calibrate.SUMMARY))
     gate.add_arguments(_command(commands, "gate", gate.run, gate.SUMMARY))
 
@@ -168,12 +171,7 @@ def _info(_: argparse.Namespace) -> int:
 
 
 def _stats(arguments: argparse.Namespace) -> int:
-    token = None
-    if arguments.token_file:
-        from kvstore.service.auth import read_token
-
-        token = read_token(arguments.token_file)
-    with kvstore.connect(arguments.url, token=token) as client:
+    with connect_target(arguments) as client:
         print(json.dumps(client.stats(), indent=2))
     return 0
 

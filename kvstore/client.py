@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -19,6 +19,8 @@ import msgspec
 
 from kvstore.codec import LayerSegments
 from kvstore.container import Header
+from kvstore.events import EventStream
+from kvstore.explaining import Explanation
 from kvstore.keys import ROOT
 from kvstore.outcome import Lookup, Miss, PutStatus
 
@@ -26,6 +28,21 @@ Order = Literal["chunk", "layer"]
 
 DEADLINE_MS_DEFAULT = 30_000
 """No operation waits for ever: what is not there by then is a miss with reason deadline."""
+
+
+QUALITY_EXACT = 255
+"""As a minimum quality: the bits that were computed, no lossy codec in between."""
+
+
+class Origin(msgspec.Struct, frozen=True, kw_only=True):
+    """The lossy coding that a chunk's numbers have been through before they were decoded into an exact container.
+
+    `codec` and `profile` (hex) are what wrote it, `level` is the highest level that was decoded.
+    """
+
+    codec: str
+    profile: str
+    level: int
 
 
 class PutChunk(msgspec.Struct, frozen=True):
@@ -51,6 +68,8 @@ class Part(msgspec.Struct, frozen=True):
     `expires_at` (time.monotonic seconds) is when the right to read the views ends. They may lie in another process's
     memory, which nothing can take from a reader that stalls: one that finishes decoding later than that must treat the
     chunk as missed, whatever the hashes said.
+
+    `origin` is set where the store has decoded a lossy chunk on request; the header is then that of the result.
     """
 
     index: int
@@ -58,6 +77,7 @@ class Part(msgspec.Struct, frozen=True):
     header: Header | None = None
     groups: tuple[LayerSegments, ...] = ()
     expires_at: float = math.inf
+    origin: Origin | None = None
 
 
 class ChunkInfo(msgspec.Struct, frozen=True):
@@ -71,7 +91,15 @@ class Client(ABC):
     """A store, near or far. See the module's text for what every verb promises.
 
     Keys are 32 bytes. `deadline_ms` counts from the call; None means DEADLINE_MS_DEFAULT.
+
+    A chunk's quality is the highest level of the lossy codec that it is stored in, counted from 0; in an exact codec it
+    is QUALITY_EXACT.
     """
+
+    @property
+    def put_codec(self) -> str:
+        """Id of the codec that the store would like chunks to be put in; "" if it leaves that to the writer."""
+        return ""
 
     @abstractmethod
     def put(
@@ -85,7 +113,13 @@ class Client(ABC):
 
     @abstractmethod
     def fetch(
-        self, keys: Sequence[bytes], *, order: Order = "chunk", deadline_ms: float | None = None
+        self,
+        keys: Sequence[bytes],
+        *,
+        order: Order = "chunk",
+        deadline_ms: float | None = None,
+        min_quality: int = 0,
+        decode: bool = False,
     ) -> Iterator[Part]:
         """Iterate over the chunks' parts.
 
@@ -93,11 +127,19 @@ class Client(ABC):
         group, group by group over all chunks of a window (`store.fetch_window_bytes`), so that the first layers of all
         of them come first. A chunk that misses has exactly one part with a miss, after which it has no more. What is
         left at the deadline misses with reason deadline. Closing the iterator early releases everything.
+
+        A chunk that no tier has in `min_quality` misses with reason low_quality; a lower tier may have it better than a
+        higher one, and is then read. With `decode`, which needs order "chunk", chunks come in codec raw: the store has
+        done the decoding.
         """
 
     @abstractmethod
     def head(self, keys: Sequence[bytes]) -> list[ChunkInfo | None]:
         """Size and tiers of each chunk, None where there is none."""
+
+    @abstractmethod
+    def explain(self, keys: Sequence[bytes]) -> list[Explanation]:
+        """For each chunk of the chain `keys` where it is, or why it is nowhere; [] if the store does not answer."""
 
     @abstractmethod
     def prefetch(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
@@ -118,6 +160,25 @@ class Client(ABC):
     @abstractmethod
     def stats(self) -> dict[str, Any]:
         """Counters and usage of the store and of each tier; JSON types only. {} if the store does not answer."""
+
+    @abstractmethod
+    def events(
+        self,
+        *,
+        after: int | None = None,
+        tiers: Collection[str] = (),
+        kinds: Collection[str] = (),
+        deadline_ms: float | None = None,
+    ) -> EventStream:
+        """What enters and leaves the tiers, as it happens, until the deadline (math.inf for none).
+
+        `after` is the number of the last event seen: what has come since is delivered first, behind a `lost` marker if
+        some of it is no longer remembered. None: from now on. `tiers` and `kinds` choose, empty for all. A stream that
+        ends early (the store went away, or has too many readers) can be taken up again after its `position`.
+
+        Raises:
+            ConfigError: a kind that does not exist.
+        """
 
     @abstractmethod
     def flush(self, *, deadline_ms: float | None = None) -> bool:

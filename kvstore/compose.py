@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from kvstore import gate_records
 from kvstore.config import Config
 from kvstore.errors import ConfigError
 from kvstore.sizes import parse_bytes
 from kvstore.store import Store
 from kvstore.tier import Tier
+from kvstore.transcode import parse_recipe
 
 
 def open_store(config: Config) -> Store:
@@ -16,10 +18,17 @@ def open_store(config: Config) -> Store:
         ConfigError: no tier, an unknown kind, or a bad option.
         TierError: a tier cannot start.
     """
+    from kvstore.codecs import registry as codecs
     from kvstore.tiers import registry
 
     if not config.tiers:
         raise ConfigError('no tier is configured; add for example [tiers.dram] with capacity = "1GiB"')
+    recipes = {
+        name: recipe
+        for name, tier in config.tiers.items()
+        if (recipe := parse_recipe(tier.codec, f"tiers.{name}.codec", codecs)) is not None
+    }
+    gates = gate_records.load_all() if any(not codecs.is_exact(recipe.codec) for recipe in recipes.values()) else ()
     tiers: list[Tier] = []
     try:
         for name, tier in config.tiers.items():
@@ -28,7 +37,7 @@ def open_store(config: Config) -> Store:
             if tier.path:
                 options["path"] = tier.path
             tiers.append(registry.open_tier(tier.kind or name, name=name, capacity_bytes=capacity_bytes, **options))
-        return Store(tiers, config.store)
+        return Store(tiers, config.store, codecs=codecs, recipes=recipes, gates=gates)
     except BaseException:
         for opened in tiers:
             opened.close()

@@ -18,7 +18,8 @@ import msgspec
 
 from kvstore.errors import ConfigError
 from kvstore.sizes import parse_bytes
-from kvstore.store import StoreSettings
+from kvstore.store_settings import StoreSettings
+from kvstore.transcode import AS_IS
 
 ENV_PREFIX = "KVSTORE_"
 _ENV_NOT_SETTINGS = {"KVSTORE_KERNELS", "KVSTORE_ISA", "KVSTORE_CONFIG"}
@@ -28,12 +29,14 @@ class TierConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """One tier, `[tiers.NAME]`. Tiers are used in the order they are written, fastest first.
 
     `kind` is the NAME unless given. `capacity` is the hard bound, e.g. "8GiB". `path` is the directory of a tier that
-    has one. `options` go to the tier as they are.
+    has one. `codec` is what chunks are put into on their way to the tier, as CODEC or CODEC@LEVEL; on the first tier it
+    is what the store asks writers for. `options` go to the tier as they are.
     """
 
     capacity: str | int
     kind: str = ""
     path: str = ""
+    codec: str = AS_IS
     options: dict[str, Any] = {}
 
 
@@ -53,6 +56,7 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     request_bytes_max: str | int = "1GiB"
     request_keys_max: int = 65536
     inflight_max: int = 64
+    event_listeners_max: int = 16
     session_staging_bytes_max: str | int = "256MiB"
     lease_ttl_seconds: float = 30.0
     stop_seconds_max: float = 10.0
@@ -64,7 +68,13 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             raise ConfigError(f"service.port is {self.port}; it must be in -1..65535")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ConfigError("service.tls_cert and service.tls_key are needed together")
-        for field in ("request_keys_max", "inflight_max", "lease_ttl_seconds", "stop_seconds_max"):
+        for field in (
+            "request_keys_max",
+            "inflight_max",
+            "event_listeners_max",
+            "lease_ttl_seconds",
+            "stop_seconds_max",
+        ):
             if not getattr(self, field) > 0:
                 raise ConfigError(f"service.{field} is {getattr(self, field)}; it must be positive")
 

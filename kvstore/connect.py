@@ -12,6 +12,8 @@ from kvstore.config import Config, TierConfig, unknown_name
 from kvstore.errors import ConfigError
 
 SCHEMES = ("embedded", "unix", "http", "https")
+TIERS = ("hbm", "dram", "nvme")
+"""Kinds of tier that a URL can ask for, fastest first."""
 
 
 def connect(url: str, *, token: str | None = None, timeout_ms: float = 5000) -> Client:
@@ -19,6 +21,7 @@ def connect(url: str, *, token: str | None = None, timeout_ms: float = 5000) -> 
 
         embedded:/var/cache/kv?dram=1GiB&nvme=8GiB   a store in this process; the path holds the nvme tier
         embedded:?dram=1GiB                          memory only
+        embedded:?hbm=8GiB&dram=64GiB                with GPU memory above it
         unix:/run/kvstore.sock                       a daemon on this host; bytes move through shared memory
         http://127.0.0.1:8650                        a daemon anywhere (https:// with TLS)
 
@@ -51,11 +54,11 @@ def _embedded(url: str) -> Client:
         raise ConfigError(f"{url!r} has a host; write embedded:/path?dram=1GiB&nvme=8GiB")
     tiers: dict[str, TierConfig] = {}
     for kind, capacity in parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)):
-        if kind not in ("dram", "nvme"):
-            raise unknown_name("tier in the URL", kind, ("dram", "nvme"))
+        if kind not in TIERS:
+            raise unknown_name("tier in the URL", kind, TIERS)
         if kind == "nvme" and not parts.path:
             raise ConfigError(f"{url!r} asks for nvme without a path; write embedded:/path?nvme={capacity}")
         path = str(Path(parts.path) / "nvme") if kind == "nvme" else ""
         tiers[kind] = TierConfig(capacity=capacity, path=path)
-    ordered = {kind: tiers[kind] for kind in ("dram", "nvme") if kind in tiers}
+    ordered = {kind: tiers[kind] for kind in TIERS if kind in tiers}
     return EmbeddedClient(open_store(msgspec.structs.replace(Config(), tiers=ordered)))

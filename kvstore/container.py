@@ -41,6 +41,9 @@ FIXED = struct.Struct("<4sHHIIQ32s32s32s32s16sIIqQ")
 """magic, version, flags, header bytes, segment count, total bytes, fingerprint, key, parent key, profile id, codec id,
 token count, spec bytes, first position, reserved (zero)."""
 
+CHAIN = struct.Struct("<4s84x32s48xI")
+"""Of the same bytes only the magic, the parent key and the token count."""
+
 ENTRY = struct.Struct("<BBHHHQQQ16s")
 """level, part, layer start, layer stop, reserved (zero), offset, length, XXH3-64, encoding parameters."""
 
@@ -60,7 +63,11 @@ PART_TOKENS = 128
 
 FLAG_CONTENT_KEY = 1
 """The key is a content key: the chunk is named by its own tokens, not by its prefix."""
-_FLAGS_KNOWN = FLAG_CONTENT_KEY
+FLAG_LOSSY_ALLOWED = 2
+"""Whoever reads under this key accepts lossy codecs (its key says so too): a tier may store the chunk in one."""
+FLAG_FROM_LOSSY = 4
+"""The numbers have been through a lossy codec, whatever codec this container is in."""
+_FLAGS_KNOWN = FLAG_CONTENT_KEY | FLAG_LOSSY_ALLOWED | FLAG_FROM_LOSSY
 
 
 class Segment(msgspec.Struct, frozen=True):

@@ -20,6 +20,7 @@ from kvstore.counters import Counters
 from kvstore.loan import Loan
 from kvstore.outcome import PutStatus, Reason
 from kvstore.tier import PutItem, Tier
+from kvstore.transcode import Transcoder
 
 _log = logging.getLogger(__name__)
 
@@ -27,13 +28,13 @@ _log = logging.getLogger(__name__)
 class Demotion:
     """One chunk on its way down: `done` resolves with the lower tier's status."""
 
-    __slots__ = ("cancelled", "done", "key", "loan", "nbytes", "parent")
+    __slots__ = ("cancelled", "done", "key", "loan", "nbytes", "parent", "written_bytes")
 
     def __init__(self, key: bytes, parent: bytes, loan: Loan) -> None:
         self.key = key
         self.parent = parent
         self.loan = loan
-        self.nbytes = len(loan.view)
+        self.nbytes = self.written_bytes = len(loan.view)
         self.cancelled = False
         self.done: Future[PutStatus] = Future()
 
@@ -46,10 +47,20 @@ class WriteBehind:
         counters: gets demoted, demoted_bytes, demotions_failed, demotions_shed (label: the tier's name).
         queue_bytes_max: bound of the bytes waiting or being written.
         batch_bytes_max: bytes handed to the tier in one put; one put is one group commit.
+        transcoder: puts chunks into the tier's codec on their way; None if it has none.
     """
 
-    def __init__(self, tier: Tier, counters: Counters, *, queue_bytes_max: int, batch_bytes_max: int) -> None:
+    def __init__(
+        self,
+        tier: Tier,
+        counters: Counters,
+        *,
+        queue_bytes_max: int,
+        batch_bytes_max: int,
+        transcoder: Transcoder | None = None,
+    ) -> None:
         self.tier = tier
+        self._transcoder = transcoder
         self.queue_bytes_max = queue_bytes_max
         self.queued_bytes = 0
         self._batch_bytes_max = batch_bytes_max
@@ -151,15 +162,25 @@ class WriteBehind:
             return batch
 
     def _write(self, batch: list[Demotion]) -> list[PutStatus]:
+        recoded: dict[bytes, Loan] = {}
         try:
-            return self.tier.put([PutItem(d.key, d.loan.view, d.parent) for d in batch])
+            if self._transcoder is not None:
+                for demotion in batch:
+                    loan = self._transcoder.recode(demotion.loan.view)
+                    if loan is not None:
+                        recoded[demotion.key] = loan
+                        demotion.written_bytes = len(loan.view)
+            return self.tier.put([PutItem(d.key, recoded.get(d.key, d.loan).view, d.parent) for d in batch])
         except Exception as error:  # the thread must outlive a broken tier: puts go on into memory
             _log.exception("write-behind to tier %s failed", self.tier.name)
             return [PutStatus(stored=False, reason=Reason.IO_ERROR, detail=str(error))] * len(batch)
+        finally:
+            for loan in recoded.values():
+                loan.release()
 
     def _count(self, demotion: Demotion, status: PutStatus) -> None:
         if status.stored:
             self._counters.add("demoted", self.tier.name)
-            self._counters.add("demoted_bytes", self.tier.name, demotion.nbytes)
+            self._counters.add("demoted_bytes", self.tier.name, demotion.written_bytes)
         else:
             self._counters.add("demotions_failed", self.tier.name)

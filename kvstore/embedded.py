@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+from kvstore.arguments import deadline_at
 from kvstore.client import ChunkInfo, Client, Order, Part, PutChunk
+from kvstore.events import EventFilter, EventStream, RingStream
+from kvstore.explaining import Explanation
 from kvstore.fetching import Step
 from kvstore.outcome import Lookup, PutStatus
 from kvstore.promotion import Place
 from kvstore.putting import PendingPut
-from kvstore.store import Store, deadline_at
+from kvstore.store import Store
 
 
 class EmbeddedClient(Client):
@@ -22,6 +25,10 @@ class EmbeddedClient(Client):
 
     def __init__(self, store: Store) -> None:
         self.store = store
+
+    @property
+    def put_codec(self) -> str:
+        return self.store.put_codec
 
     def put(
         self, chunks: Sequence[PutChunk], *, durable: bool = False, deadline_ms: float | None = None
@@ -47,9 +54,15 @@ class EmbeddedClient(Client):
         return self.store.lookup(keys)
 
     def fetch(
-        self, keys: Sequence[bytes], *, order: Order = "chunk", deadline_ms: float | None = None
+        self,
+        keys: Sequence[bytes],
+        *,
+        order: Order = "chunk",
+        deadline_ms: float | None = None,
+        min_quality: int = 0,
+        decode: bool = False,
     ) -> Iterator[Part]:
-        steps = self.store.fetch(keys, order=order, deadline_ms=deadline_ms)
+        steps = self.store.fetch(keys, order=order, deadline_ms=deadline_ms, min_quality=min_quality, decode=decode)
         try:
             for step in steps:
                 yield _part(step)
@@ -59,8 +72,11 @@ class EmbeddedClient(Client):
     def head(self, keys: Sequence[bytes]) -> list[ChunkInfo | None]:
         return self.store.head(keys)
 
-    def prefetch(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
-        return self.store.prefetch(keys, deadline_ms=deadline_ms)
+    def explain(self, keys: Sequence[bytes]) -> list[Explanation]:
+        return self.store.explain(keys)
+
+    def prefetch(self, keys: Sequence[bytes], *, deadline_ms: float | None = None, tier: str = "") -> list[PutStatus]:
+        return self.store.prefetch(keys, tier=tier, deadline_ms=deadline_ms)
 
     def pin(self, keys: Sequence[bytes], *, ttl_seconds: float) -> list[bool]:
         return self.store.pin(keys, ttl_seconds=ttl_seconds)
@@ -74,6 +90,17 @@ class EmbeddedClient(Client):
     def stats(self) -> dict[str, Any]:
         return self.store.stats()
 
+    def events(
+        self,
+        *,
+        after: int | None = None,
+        tiers: Collection[str] = (),
+        kinds: Collection[str] = (),
+        deadline_ms: float | None = None,
+    ) -> EventStream:
+        wanted = EventFilter(tiers, kinds)
+        return RingStream(self.store.events.ring, after=after, wanted=wanted, deadline=deadline_at(deadline_ms))
+
     def flush(self, *, deadline_ms: float | None = None) -> bool:
         return self.store.flush(deadline_ms=deadline_ms)
 
@@ -86,4 +113,4 @@ def _part(step: Step) -> Part:
         [(segment, step.view[segment.offset : segment.offset + segment.length]) for segment in group]
         for group in step.groups
     )
-    return Part(step.index, step.miss, step.header, groups)
+    return Part(step.index, step.miss, step.header, groups, origin=step.origin)

@@ -11,6 +11,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 import msgspec
 
 from kvstore import container
+from kvstore.client import Origin
 from kvstore.container import Header, Segment
 from kvstore.errors import ContainerError
 from kvstore.loan import Loan
@@ -25,7 +26,7 @@ class Step(msgspec.Struct, frozen=True):
     """One step of a fetch inside the process: a miss, or layer groups of a chunk that `view` lends until the next step.
 
     `offset` is where `view` starts in the memory of an addressable tier, None if it lies elsewhere. `first` and `last`
-    mark the first and last step of this chunk.
+    mark the first and last step of this chunk. `origin` is set where a lossy chunk has been decoded.
     """
 
     index: int
@@ -37,6 +38,7 @@ class Step(msgspec.Struct, frozen=True):
     tier: str = ""
     first: bool = True
     last: bool = True
+    origin: Origin | None = None
 
 
 def chunk_steps(
@@ -47,6 +49,7 @@ def chunk_steps(
     *,
     window_bytes: int,
     deadline: float,
+    min_quality: int = 0,
 ) -> Generator[Step, None, None]:
     """Every chunk as one step, in order; the next window of chunks is read while the caller consumes this one."""
     waiting = windows(keys, sizes(keys), window_bytes)
@@ -54,7 +57,7 @@ def chunk_steps(
     try:
         while True:
             while len(started) < WINDOWS_AHEAD and (indices := next(waiting, None)) is not None:
-                started.append(_Window(promoter, movers, indices, keys, deadline))
+                started.append(_Window(promoter, movers, indices, keys, deadline, min_quality))
             if not started:
                 return
             yield from started[0].steps()
@@ -68,18 +71,26 @@ class _Window:
     """Consecutive chunks of a fetch. What is in memory is leased at once, without a thread hop; movers read others."""
 
     def __init__(
-        self, promoter: Promoter, movers: Executor, indices: list[int], keys: Sequence[bytes], deadline: float
+        self,
+        promoter: Promoter,
+        movers: Executor,
+        indices: list[int],
+        keys: Sequence[bytes],
+        deadline: float,
+        min_quality: int,
     ) -> None:
         self._deadline = deadline
         self._outcomes: dict[int, Loan | Miss] = {}
         self._indices = indices
         for index in indices:
-            loan = promoter.lease(keys[index])
+            loan = promoter.lease(keys[index], min_quality=min_quality)
             if loan is not None:
                 self._outcomes[index] = loan
         self._rest = [index for index in indices if index not in self._outcomes]
         wanted = [keys[index] for index in self._rest]
-        self._reading = movers.submit(promoter.borrow, wanted, deadline=deadline) if wanted else None
+        self._reading = (
+            movers.submit(promoter.borrow, wanted, deadline=deadline, min_quality=min_quality) if wanted else None
+        )
 
     def steps(self) -> Iterator[Step]:
         """One step a chunk; each loan ends when the caller asks for the next step."""

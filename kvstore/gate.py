@@ -167,10 +167,19 @@ class GateRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     limits: Limits
     levels: Annotated[tuple[LevelResult, ...], msgspec.Meta(min_length=1, max_length=LEVELS_MAX)]
 
-    def is_of(self, fingerprint: bytes, codec: Codec) -> bool:
+    def is_of(self, fingerprint: bytes, codec: Codec | Coding) -> bool:
         """Whether the record is of that model and that way of writing."""
         ours = (self.fingerprint, self.codec, self.variant, self.profile)
         return ours == (fingerprint.hex(), codec.id, codec.variant, codec.profile.hex())
+
+
+class Coding(msgspec.Struct, frozen=True, kw_only=True):
+    """A lossy codec by its names, where there is none to call: of a chunk that somebody else has decoded."""
+
+    id: str
+    profile: bytes = ROOT
+    variant: str = ""
+    exact: bool = False
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -198,7 +207,11 @@ def judge(metrics: Metrics, limits: Limits) -> tuple[str, ...]:
 
 
 def check(
-    records: Iterable[GateRecord], fingerprint: bytes, codec: Codec, level: int, limits: Limits = STANDARD
+    records: Iterable[GateRecord],
+    fingerprint: bytes,
+    codec: Codec | Coding,
+    level: int,
+    limits: Limits = STANDARD,
 ) -> Verdict:
     """Whether the records let `codec` be served up to `level` for a model, by the caller's limits.
 
@@ -231,7 +244,7 @@ def check(
     return Verdict(True)
 
 
-def describe(codec: Codec) -> str:
+def describe(codec: Codec | Coding) -> str:
     """A codec's name for messages, with its variant and profile."""
     parts = [codec.variant] if codec.variant else []
     parts += [f"profile {codec.profile.hex()[:12]}"] if codec.profile != ROOT else []

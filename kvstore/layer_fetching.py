@@ -18,11 +18,8 @@ from kvstore.errors import ContainerError
 from kvstore.fetching import Step, windows
 from kvstore.loan import Loan
 from kvstore.outcome import Miss
-from kvstore.promotion import ABSENT, LATE, Place, Promoter
+from kvstore.promotion import ABSENT, HEAD_READ_BYTES, LATE, Place, Promoter
 from kvstore.tier import IO_ALIGN, ReadItem, Tier
-
-HEAD_READ_BYTES = 16 * 1024
-"""First read of a chunk that is not in memory; a longer header takes a second read."""
 
 
 class _Load:
@@ -77,10 +74,12 @@ def layer_steps(
     *,
     window_bytes: int,
     deadline: float,
+    min_quality: int = 0,
 ) -> Generator[Step, None, None]:
     """Layer groups of all chunks of a window, then of the next: all of a window's chunks are held at once."""
     for indices in windows(keys, sizes(keys), window_bytes):
-        yield from LayerFetch(promoter, movers, [(index, keys[index]) for index in indices], deadline=deadline).steps()
+        chunks = [(index, keys[index]) for index in indices]
+        yield from LayerFetch(promoter, movers, chunks, deadline=deadline, min_quality=min_quality).steps()
 
 
 class LayerFetch:
@@ -91,14 +90,22 @@ class LayerFetch:
         movers: threads for the reads.
         chunks: (index, key) of the chunks wanted.
         deadline: time.monotonic seconds; what has not been read by then is a miss.
+        min_quality: a chunk stored below it is a miss.
     """
 
     def __init__(
-        self, promoter: Promoter, movers: Executor, chunks: Sequence[tuple[int, bytes]], *, deadline: float
+        self,
+        promoter: Promoter,
+        movers: Executor,
+        chunks: Sequence[tuple[int, bytes]],
+        *,
+        deadline: float,
+        min_quality: int = 0,
     ) -> None:
         self._promoter = promoter
         self._movers = movers
         self._deadline = deadline
+        self._min_quality = min_quality
         self._loads = [_Load(index, key) for index, key in chunks]
         self._reading: Future[dict[int, Miss]] | None = None
 
@@ -152,7 +159,7 @@ class LayerFetch:
     def _open(self) -> dict[int, Miss]:
         """Lease every chunk that is in memory, place the others and read their headers. Answers the misses."""
         for load in self._loads:
-            load.loan = self._promoter.lease(load.key)
+            load.loan = self._promoter.lease(load.key, min_quality=self._min_quality)
         self._start(lambda loads, _: self._open_below(loads), self._loads, 0)
         misses = self._collect(self._loads)
         for load in self._loads:
@@ -161,6 +168,10 @@ class LayerFetch:
                     load.accept_header()
                 except ContainerError as error:
                     misses[load.index] = Miss(error.reason, error.detail)
+            if load.header is not None and load.index not in misses:
+                poor = self._promoter.poor(load.header, self._min_quality)
+                if poor is not None:
+                    misses[load.index] = poor
         return misses
 
     def _open_below(self, loads: list[_Load]) -> dict[int, Miss]:
@@ -181,7 +192,7 @@ class LayerFetch:
             # A chunk that someone else is reading is not waited for: two fetches could wait for each other. Its slot is
             # taken, so ours is a transient buffer.
             load.leads = self._promoter.board(load.key)[1]
-            place = self._promoter.place(load.key, nbytes, deadline=self._deadline)
+            place = self._promoter.place(load.key, nbytes, deadline=self._deadline, min_quality=self._min_quality)
             if isinstance(place, Miss):
                 return place
             if isinstance(place, Loan):

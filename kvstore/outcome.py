@@ -23,9 +23,11 @@ class Reason(enum.StrEnum):
     UNKNOWN_CODEC = "unknown_codec"  # no such codec in this build
     UNKNOWN_PROFILE = "unknown_profile"  # the codec's calibrated tables are not here
     UNGATED = "ungated"  # lossy, and its quality has no recorded pass for this model
+    LOW_QUALITY = "low_quality"  # stored, but only below the quality asked for
     WRONG_FINGERPRINT = "wrong_fingerprint"  # bytes of another model, revision, dtype or rope
     WRONG_KEY = "wrong_key"  # bytes of another chunk
     DEADLINE = "deadline"  # it would have come too late
+    NOT_WORTH_IT = "not_worth_it"  # computing it again is quicker than loading it
     IO_ERROR = "io_error"  # the device or file system failed
     UNAVAILABLE = "unavailable"  # the daemon or tier does not answer
     BUSY = "busy"  # a bounded queue is full; try again later
@@ -61,12 +63,14 @@ class PutStatus(msgspec.Struct, frozen=True):
 class Lookup(msgspec.Struct, frozen=True):
     """The longest usable prefix of a list of chunk keys, and where each of its chunks lies.
 
-    `tiers[i]` names the fastest tier that holds chunk i, for the `len(tiers)` leading chunks that are all there. `stop`
-    says why the prefix ends where it does; it is None when every key was found.
+    `tiers[i]` names the fastest tier that holds chunk i, for the `len(tiers)` leading chunks that are all there, and
+    `nbytes[i]` its container bytes there; a store that does not know them leaves `nbytes` empty. `stop` says why the
+    prefix ends where it does; it is None when every key was found.
     """
 
     tiers: tuple[str, ...]
     stop: Miss | None = None
+    nbytes: tuple[int, ...] = ()
 
     @property
     def chunks(self) -> int:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from kvstore import container
+from kvstore.container import Header
 from kvstore.counters import Counters
 from kvstore.errors import ContainerError
+from kvstore.event_log import EventLog
 from kvstore.loan import Loan, TransientBuffer, TransientPool
 from kvstore.outcome import Miss, PutStatus, Reason
-from kvstore.tier import ReadItem, Slot, SupportsLease, Tier
+from kvstore.tier import IO_ALIGN, ReadItem, Slot, SupportsLease, Tier
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +28,9 @@ ROUNDS_MAX = 4
 """A chunk may be evicted between its promotion and our lease; after this many tries it is a miss (busy)."""
 
 ABSENT = Miss(Reason.ABSENT, "no tier holds the key")
+HEAD_READ_BYTES = 16 * 1024
+"""First read of a chunk whose header is wanted before the rest; a longer header takes a second read."""
+
 LATE = Miss(Reason.DEADLINE, "not loaded by the deadline")
 
 
@@ -89,16 +94,26 @@ class Promoter:
         lower: the other tiers.
         transient: budget for chunks that memory cannot take.
         counters: gets hits and hit_bytes (label: tier the bytes came from), quarantined (label: reason).
+        events: told why a chunk is quarantined.
+        quality: of a container; None if the store cannot tell, and serves no minimum quality.
     """
 
     def __init__(
-        self, memory: Tier | None, lower: Sequence[Tier], transient: TransientPool, counters: Counters
+        self,
+        memory: Tier | None,
+        lower: Sequence[Tier],
+        transient: TransientPool,
+        counters: Counters,
+        events: EventLog,
+        quality: Callable[[Header], int] | None = None,
     ) -> None:
         self.memory = memory
         self.lower = lower
         self._leases = cast(SupportsLease, memory) if memory is not None else None
         self._transient = transient
         self._counters = counters
+        self._events = events
+        self._quality = quality
         self._lock = threading.Lock()
         self._flights: dict[bytes, Flight] = {}
 
@@ -107,22 +122,46 @@ class Promoter:
         """Every tier, memory first."""
         return tuple(self.lower) if self.memory is None else (self.memory, *self.lower)
 
-    def lease(self, key: bytes, *, count: bool = True) -> Loan | None:
-        """A loan on a chunk in memory, None if it is not there. `count` says whether it is a reader's hit."""
+    def lease(self, key: bytes, *, count: bool = True, min_quality: int = 0) -> Loan | None:
+        """A loan on a chunk in memory, None if it is not there that good. `count`: whether it is a reader's hit."""
         if self._leases is None or self.memory is None:
             return None
         lease = self._leases.lease(key)
         if isinstance(lease, Miss):
             return None
+        if min_quality and self._poor_bytes(lease.view, min_quality) is not None:
+            lease.release()
+            return None
         if count:
             self.hit(self.memory, len(lease.view))
         return Loan(lease.view, self.memory.name, lease, lease.offset)
 
-    def borrow(self, keys: Sequence[bytes], *, deadline: float) -> list[Loan | Miss]:
+    def poor(self, header: Header, min_quality: int) -> Miss | None:
+        """Why a container is not good enough, None if it is."""
+        if not min_quality:
+            return None
+        assert self._quality is not None, "checked by the store"
+        found = self._quality(header)
+        if found >= min_quality:
+            return None
+        return Miss(Reason.LOW_QUALITY, f"stored in quality {found}, asked for {min_quality}")
+
+    def borrow(self, keys: Sequence[bytes], *, deadline: float, min_quality: int = 0) -> list[Loan | Miss]:
         """A loan or a miss for every key. Blocks for reads of lower tiers and for flights of others."""
+        outcomes = self._borrow(keys, deadline)
+        if min_quality:
+            for index, outcome in enumerate(outcomes):
+                if isinstance(outcome, Loan) and (poor := self._poor_bytes(outcome.view, min_quality)) is not None:
+                    outcome.release()
+                    outcomes[index] = self._better(keys[index], min_quality, deadline) or poor
+        return outcomes
+
+    def _borrow(self, keys: Sequence[bytes], deadline: float) -> list[Loan | Miss]:
         results: list[Loan | Miss | None] = [None] * len(keys)
         todo = list(range(len(keys)))
-        for _ in range(ROUNDS_MAX):
+        rounds = 0
+        while todo and rounds < ROUNDS_MAX:
+            rounds += 1
             lead: list[int] = []
             wait: list[tuple[int, Flight]] = []
             for index in todo:
@@ -137,12 +176,13 @@ class Promoter:
             for index, flight in wait:
                 if not flight.done.wait(max(0.0, deadline - time.monotonic())):
                     results[index] = LATE
-                elif flight.miss is not None:
-                    results[index] = flight.miss
-                else:
+                elif flight.miss is None:
                     todo.append(index)
-            if not todo:
-                break
+                elif flight.miss.reason == Reason.LOW_QUALITY and time.monotonic() < deadline:
+                    todo.append(index)  # not good enough for whoever led the flight; no sign of evictions
+                    rounds = 0
+                else:
+                    results[index] = flight.miss
         busy = Miss(Reason.BUSY, "evicted again and again before it could be leased")
         return [busy if result is None else result for result in results]
 
@@ -162,13 +202,13 @@ class Promoter:
         flight.miss = miss
         flight.done.set()
 
-    def place(self, key: bytes, nbytes: int, *, deadline: float) -> Place | Loan | Miss:
+    def place(self, key: bytes, nbytes: int, *, deadline: float, min_quality: int = 0) -> Place | Loan | Miss:
         """Where to read a chunk to; a loan if it has meanwhile appeared in memory; a miss if there is no room."""
         if self._leases is not None and self.memory is not None:
             slot = self._leases.reserve(key, nbytes)
             if not isinstance(slot, PutStatus):
                 return Place(self.memory.name, nbytes, slot, None)
-            if slot.existed and (loan := self.lease(key)) is not None:
+            if slot.existed and (loan := self.lease(key, min_quality=min_quality)) is not None:
                 return loan
         buffer = self._transient.take(nbytes, deadline=deadline)
         if buffer is None:
@@ -177,7 +217,8 @@ class Promoter:
 
     def quarantine(self, tier: Tier, key: bytes, error: ContainerError) -> Miss:
         """Remove a bad chunk from the tier it came from; answers the miss to report."""
-        tier.delete([key])
+        with self._events.quarantining(tier.name, key, str(error)):
+            tier.delete([key])
         self._counters.add("quarantined", str(error.reason))
         _log.warning("chunk %s in tier %s is bad and was removed: %s", key.hex()[:12], tier.name, error)
         return Miss(error.reason, error.detail)
@@ -186,6 +227,47 @@ class Promoter:
         """Count a chunk served from a tier."""
         self._counters.add("hits", tier.name)
         self._counters.add("hit_bytes", tier.name, nbytes)
+
+    def _poor_bytes(self, view: memoryview, min_quality: int) -> Miss | None:
+        try:
+            return self.poor(container.parse(view), min_quality)
+        except ContainerError as error:
+            return Miss(error.reason, error.detail)
+
+    def _better(self, key: bytes, min_quality: int, deadline: float) -> Loan | None:
+        """A chunk that memory has too poor, from the first lower tier that has it better; transient, for the key is
+        taken in memory.
+        """
+        for tier in self.lower:
+            (nbytes,) = tier.sizes([key])
+            if nbytes is None or (buffer := self._transient.take(nbytes, deadline=deadline)) is None:
+                continue
+            loan: Loan | None = None
+            try:
+                head = min(nbytes, HEAD_READ_BYTES)
+                whole = self._read_good(tier, key, buffer, head, min_quality)
+                if whole and self._read_good(tier, key, buffer, nbytes, min_quality):
+                    container.verify(buffer.view, key=key)
+                    self.hit(tier, nbytes)
+                    loan = Loan(buffer.view, "transient", buffer)
+            except ContainerError as error:
+                self.quarantine(tier, key, error)
+            finally:
+                if loan is None:
+                    buffer.release()
+            if loan is not None:
+                return loan
+        return None
+
+    def _read_good(self, tier: Tier, key: bytes, buffer: TransientBuffer, nbytes: int, min_quality: int) -> bool:
+        """Read the first bytes of a chunk; whether its header says that it is good enough. Raises ContainerError."""
+        target = buffer.padded[: container.align(nbytes, IO_ALIGN)]
+        (outcome,) = tier.read([ReadItem(key, target)])
+        if isinstance(outcome, Miss):
+            return False
+        if container.peek_header_bytes(buffer.view) > nbytes:
+            return True  # a long header: the whole chunk will tell
+        return self.poor(container.parse(buffer.view[:outcome], available=len(buffer.view)), min_quality) is None
 
     def _load(self, keys: list[bytes], deadline: float) -> list[Loan | Miss]:
         """Read chunks whose flights this thread leads; lands every flight."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
-from kvstore.client import Order
+from kvstore.client import Order, Origin
 from kvstore.errors import ConfigError
-from kvstore.keys import KEY_BYTES, ROOT
-from kvstore.outcome import Miss, PutStatus
+from kvstore.explaining import Why
+from kvstore.keys import DEFAULT_CHUNK_TOKENS, KEY_BYTES, ROOT
+from kvstore.outcome import Lookup, Miss, PutStatus
+from kvstore.spec import CHUNK_TOKENS_MAX
 
 CHUNK_TYPE = "application/vnd.kvstore.chunk"
 STREAM_TYPE = "application/vnd.kvstore.stream"
@@ -45,8 +47,31 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """A request body. Keys are 64 hexadecimal characters each."""
 
 
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
+
+
+class HexBytes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Bytes among the `extras` of a prompt, as hexadecimal characters."""
+
+    hex: str
+
+
+class PromptRequest(Request, frozen=True, kw_only=True, omit_defaults=True):
+    """lookup, explain: a chain of chunks, by its `keys`, or by what its keys are made of (`kvstore.keys.KeyScheme`).
+
+    `fingerprint` and `salt` are hexadecimal. A tail of `token_ids` that does not fill a chunk has no key.
+    """
+
+    keys: list[str] | None = None
+    token_ids: list[TokenId] | None = None
+    fingerprint: str = ""
+    chunk_tokens: Annotated[int, msgspec.Meta(ge=1, le=CHUNK_TOKENS_MAX)] = DEFAULT_CHUNK_TOKENS
+    salt: str = ""
+    extras: dict[str, str | int | HexBytes] = {}
+
+
 class KeysRequest(Request, frozen=True, kw_only=True):
-    """lookup, head, unpin, delete."""
+    """head, unpin, delete."""
 
     keys: list[str]
 
@@ -66,12 +91,14 @@ class PrefetchRequest(Request, frozen=True, kw_only=True):
 
 
 class FetchRequest(Request, frozen=True, kw_only=True):
-    """fetch: the chunks as one stream of frames."""
+    """fetch: the chunks as one stream of frames; with `decode`, decoded by the daemon into codec raw."""
 
     keys: list[str]
     order: Order = "chunk"
     deadline_ms: float | None = None
     transport: Transport = "bytes"
+    min_quality: int = 0
+    decode: bool = False
 
 
 class PutEntry(Request, frozen=True, kw_only=True):
@@ -108,6 +135,30 @@ class HeadEntry(msgspec.Struct, frozen=True):
     durable: bool = False
 
 
+class PromptLookup(Lookup, frozen=True, kw_only=True):
+    """Answer to a lookup by token ids: that of a lookup by keys, and the keys."""
+
+    keys: list[str]
+
+
+class ExplainEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One chunk of a prompt; see `kvstore.explaining.Explanation`."""
+
+    key: str
+    why: Why
+    tiers: tuple[str, ...] = ()
+    nbytes: int = 0
+    detail: str = ""
+    removed_from: str = ""
+    removed_unix_seconds: float | None = None
+
+
+class ExplainReply(msgspec.Struct, frozen=True):
+    """Answer to explain."""
+
+    chunks: list[ExplainEntry]
+
+
 class HeadReply(msgspec.Struct, frozen=True):
     """Answer to head."""
 
@@ -133,11 +184,12 @@ class FlushReply(msgspec.Struct, frozen=True):
 
 
 class InfoReply(msgspec.Struct, frozen=True):
-    """Answer to info: who answers, and the limits a client must keep."""
+    """Answer to info: who answers, the limits a client must keep, and the codec it had better put chunks in."""
 
     version: str
     request_bytes_max: int
     request_keys_max: int
+    put_codec: str = ""
 
 
 class ErrorBody(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -165,7 +217,8 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     miss   the chunk cannot be served.
     end    last frame; a stream that stops without it was cut short.
 
-    `expires_at` (time.monotonic seconds of this host) is when the right to read the arena ends.
+    `expires_at` (time.monotonic seconds of this host) is when the right to read the arena ends. `origin` is what a
+    chunk was stored as, if it was lossy and has been decoded on request.
     """
 
     kind: Literal["open", "chunk", "layers", "miss", "end"]
@@ -179,6 +232,7 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     offset: int = -1
     nbytes: int = 0
     expires_at: float = 0.0
+    origin: Origin | None = None
 
 
 class SessionHello(msgspec.Struct, frozen=True, kw_only=True):
@@ -225,10 +279,3 @@ def parse_keys(texts: Sequence[str], field: str = "keys") -> list[bytes]:
             raise ConfigError(f"{field}[{index}] is {text!r:.80}; a chunk key is 64 hexadecimal characters")
         keys.append(key)
     return keys
-
-
-def check_keys(keys: Sequence[bytes]) -> None:
-    """Raise ConfigError unless every key is 32 bytes."""
-    for key in keys:
-        if not isinstance(key, bytes) or len(key) != KEY_BYTES:
-            raise ConfigError(f"a chunk key is {KEY_BYTES} bytes, not {key!r:.60}")

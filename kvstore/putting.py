@@ -9,9 +9,10 @@ status = putter.settle(pending, deadline)
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import nullcontext
 from typing import cast
 
 import msgspec
@@ -25,6 +26,7 @@ from kvstore.loan import Loan, TransientPool
 from kvstore.outcome import PutStatus, Reason
 from kvstore.promotion import Place, Promoter
 from kvstore.tier import PutItem, SupportsLease, Tier
+from kvstore.transcode import Transcoder
 
 
 class Awaited(msgspec.Struct, frozen=True):
@@ -50,15 +52,22 @@ class Putter:
         transient: budget for chunks that memory cannot take.
         behind: the way to the durable tier; None if there is none or no memory before it.
         counters: gets puts (label: stored, existed, or the reason of a refusal) and put_bytes.
+        transcoders: of the tiers that have a codec of their own, by name; for chunks that memory cannot take.
     """
 
     def __init__(
-        self, promoter: Promoter, transient: TransientPool, behind: WriteBehind | None, counters: Counters
+        self,
+        promoter: Promoter,
+        transient: TransientPool,
+        behind: WriteBehind | None,
+        counters: Counters,
+        transcoders: Mapping[str, Transcoder] | None = None,
     ) -> None:
         self._promoter = promoter
         self._transient = transient
         self._behind = behind
         self._counters = counters
+        self._transcoders = transcoders or {}
 
     def put(self, items: Sequence[PutItem], *, durable: bool, deadline: float) -> list[PutStatus]:
         """Copy and verify containers in one pass each; what does not verify is refused with the reason."""
@@ -168,7 +177,10 @@ class Putter:
             tier = self._tier_for(len(loan.view))
             if tier is None:
                 return self.refuse(Reason.TOO_LARGE, f"no tier holds chunks of {len(loan.view)} bytes")
-            (status,) = tier.put([PutItem(key, loan.view, parent)])
+            transcoder = self._transcoders.get(tier.name)
+            recoded = transcoder.recode(loan.view) if transcoder is not None else None
+            with recoded or nullcontext():
+                (status,) = tier.put([PutItem(key, (recoded or loan).view, parent)])
             if status.stored and not status.existed:
                 self._counters.add("put_bytes", "", len(loan.view))
         return self._counted(status)

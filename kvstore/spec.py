@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
@@ -158,10 +159,16 @@ class KVSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @classmethod
     def from_json(cls, data: bytes | memoryview) -> KVSpec:
         """Parse `to_json` output. Raises SpecError on anything else."""
-        try:
-            return msgspec.json.decode(data, type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise SpecError(f"not a KVSpec: {error}") from error
+        return _from_json(bytes(data))
+
+
+@functools.lru_cache(maxsize=64)
+def _from_json(data: bytes) -> KVSpec:
+    """Kept, because the chunks of a model all name the same spec, and reading it is half the cost of a header."""
+    try:
+        return msgspec.json.decode(data, type=KVSpec)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise SpecError(f"not a KVSpec: {error}") from error
 
 
 def fingerprint(

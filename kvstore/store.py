@@ -8,52 +8,32 @@ an addressable tier works too, through transient buffers.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Semaphore
 from typing import Any, cast
 
 import msgspec
 
-from kvstore.client import DEADLINE_MS_DEFAULT, ChunkInfo, Order
+from kvstore import gate
+from kvstore.arguments import check_fetch, check_key, check_keys, deadline_at
+from kvstore.client import ChunkInfo, Order
 from kvstore.counters import Counters
 from kvstore.demotion import WriteBehind
 from kvstore.errors import ConfigError
+from kvstore.event_log import EventLog
+from kvstore.explaining import Explanation, explain_chain
 from kvstore.fetching import Step, chunk_steps
-from kvstore.keys import KEY_BYTES, ROOT
+from kvstore.handing_down import connect_tiers
+from kvstore.keys import ROOT
 from kvstore.layer_fetching import layer_steps
 from kvstore.loan import Loan, TransientPool
 from kvstore.outcome import Lookup, Miss, PutStatus, Reason
+from kvstore.prefetching import Prefetcher
 from kvstore.promotion import Place, Promoter
 from kvstore.putting import PendingPut, Putter
-from kvstore.sizes import parse_bytes
+from kvstore.store_settings import StoreSettings
 from kvstore.tier import PutItem, SupportsLease, Tier
-
-
-class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Bounds of a store's movements; sizes in bytes or as "64MiB". None: a quarter of the memory tier, at least 64 MiB.
-
-    Raises:
-        ConfigError: a size cannot be read or is not positive.
-    """
-
-    write_behind_bytes_max: int | str | None = None
-    write_behind_batch_bytes: int | str = "64MiB"
-    fetch_window_bytes: int | str | None = None
-    transient_bytes_max: int | str = "512MiB"
-    prefetch_chunks_max: int = 1024
-    mover_threads: int = 4
-
-    def __post_init__(self) -> None:
-        for field in self.__struct_fields__:
-            value = getattr(self, field)
-            if value is not None and parse_bytes(value, f"store.{field}") <= 0:
-                raise ConfigError(f"store.{field} is {value!r}; it must be positive")
-
-    def nbytes(self, field: str, default: int) -> int:
-        """A size in bytes."""
-        value = getattr(self, field)
-        return default if value is None else parse_bytes(value, f"store.{field}")
+from kvstore.transcode import Codecs, Recipe, Transcoder, decoded_steps, quality
 
 
 class Store:
@@ -61,25 +41,56 @@ class Store:
 
     Safe to use from many threads. Verbs answer per chunk and raise only for the caller's mistakes.
 
+    Args:
+        tiers: fastest first.
+        settings: bounds.
+        codecs: to transcode and to judge quality with; None for a store that moves bytes only.
+        recipes: codecs of the tiers that have one of their own, by the tier's name.
+        gates: records of the quality gate, for lossy recipes.
+
     Raises:
-        ConfigError: no tier, or two tiers of one name.
+        ConfigError: no tier, two tiers of one name, or a recipe without codecs.
     """
 
-    def __init__(self, tiers: Sequence[Tier], settings: StoreSettings | None = None) -> None:
+    def __init__(
+        self,
+        tiers: Sequence[Tier],
+        settings: StoreSettings | None = None,
+        *,
+        codecs: Codecs | None = None,
+        recipes: Mapping[str, Recipe] | None = None,
+        gates: Sequence[gate.GateRecord] = (),
+    ) -> None:
         names = [tier.name for tier in tiers]
         if not tiers or len(set(names)) != len(names):
             raise ConfigError(f"tiers are {names}; give at least one, each with a name of its own")
         self.settings = settings or StoreSettings()
         self.tiers = tuple(tiers)
         self.counters = Counters()
+        self.events = EventLog()
+        for tier in tiers:
+            tier.listener = self.events.listener(tier.name)
         self.memory = next((tier for tier in tiers if isinstance(tier, SupportsLease)), None)
         lower = [tier for tier in tiers if tier is not self.memory]
         quarter = max(64 << 20, self.memory.capacity_bytes // 4) if self.memory is not None else 64 << 20
         self._window_bytes = self.settings.nbytes("fetch_window_bytes", quarter)
         self._transient = TransientPool(self.settings.nbytes("transient_bytes_max", quarter))
-        self._promoter = Promoter(self.memory, lower, self._transient, self.counters)
+        self._codecs = codecs
+        self._promoter = Promoter(
+            self.memory,
+            lower,
+            self._transient,
+            self.counters,
+            self.events,
+            None if codecs is None else lambda header: quality(header, codecs),
+        )
+        first = (recipes or {}).get((self.memory or tiers[0]).name)
+        self.put_codec = first.codec if first is not None else ""
+        transcoders = self._transcoders(recipes or {}, gates)
         self._movers = ThreadPoolExecutor(self.settings.mover_threads, thread_name_prefix="kvstore-mover")
-        self._prefetch_room = Semaphore(self.settings.prefetch_chunks_max)
+        self._prefetcher = Prefetcher(
+            self._promoter, self._movers, tiers, self.settings.prefetch_chunks_max, self.counters
+        )
         durable = next((tier for tier in lower if tier.durable), None)
         self._behind = (
             WriteBehind(
@@ -87,11 +98,13 @@ class Store:
                 self.counters,
                 queue_bytes_max=self.settings.nbytes("write_behind_bytes_max", quarter),
                 batch_bytes_max=self.settings.nbytes("write_behind_batch_bytes", quarter),
+                transcoder=transcoders.get(durable.name),
             )
             if durable is not None and self.memory is not None
             else None
         )
-        self._putter = Putter(self._promoter, self._transient, self._behind, self.counters)
+        self._putter = Putter(self._promoter, self._transient, self._behind, self.counters, transcoders)
+        connect_tiers(tiers, self.counters)
         self._closed = False
 
     # -- put ---------------------------------------------------------------------------------------------------------
@@ -106,7 +119,7 @@ class Store:
         if self._closed:
             return [_CLOSED] * len(items)
         for item in items:
-            _check_key(item.key)
+            check_key(item.key)
         return self._putter.put(items, durable=durable, deadline=deadline_at(deadline_ms))
 
     def reserve(
@@ -116,7 +129,7 @@ class Store:
 
         Answers something else, for `settle`, when there is nothing to write: the key is there, or there is no room.
         """
-        _check_key(key)
+        check_key(key)
         if self._closed:
             return _CLOSED
         return self._putter.reserve(key, nbytes_max, parent=parent, durable=durable)
@@ -139,44 +152,58 @@ class Store:
 
     def lookup(self, keys: Sequence[bytes]) -> Lookup:
         """Longest prefix of `keys` that can be fetched now, walked from the first key: eviction can leave holes."""
-        _check_keys(keys)
+        check_keys(keys)
         where: list[str | None] = [None] * len(keys)
+        sizes = [0] * len(keys)
         for tier in reversed(self.tiers):
             for index, nbytes in enumerate(tier.sizes(keys)):
                 if nbytes is not None:
-                    where[index] = tier.name
-        prefix: list[str] = []
-        for name in where:
-            if name is None:
-                break
-            prefix.append(name)
+                    where[index], sizes[index] = tier.name, nbytes
+        found = where.index(None) if None in where else len(keys)
+        prefix = tuple(cast("list[str]", where[:found]))
         self.counters.add("lookups")
         self.counters.add("lookup_chunks", "hit", len(prefix))
         self.counters.add("lookup_chunks", "miss", len(keys) - len(prefix))
         if len(prefix) == len(keys):
-            return Lookup(tuple(prefix))
-        return Lookup(tuple(prefix), Miss(Reason.ABSENT, f"chunk {len(prefix)} of {len(keys)} is in no tier"))
+            return Lookup(prefix, None, tuple(sizes))
+        miss = Miss(Reason.ABSENT, f"chunk {found} of {len(keys)} is in no tier")
+        return Lookup(prefix, miss, tuple(sizes[:found]))
 
     def fetch(
-        self, keys: Sequence[bytes], *, order: Order = "chunk", deadline_ms: float | None = None
+        self,
+        keys: Sequence[bytes],
+        *,
+        order: Order = "chunk",
+        deadline_ms: float | None = None,
+        min_quality: int = 0,
+        decode: bool = False,
     ) -> Generator[Step, None, None]:
         """Iterate over the chunks' steps; see `kvstore.client.Client.fetch`. Close the iterator to release early."""
-        _check_keys(keys)
-        if order not in ("chunk", "layer"):
-            raise ConfigError(f"order is {order!r}; use chunk or layer")
+        check_keys(keys)
+        check_fetch(order, min_quality, decode=decode)
+        if (min_quality or decode) and self._codecs is None:
+            raise ConfigError("min_quality and decode need a store that knows codecs: open it with kvstore.connect")
         deadline = deadline_at(deadline_ms)
         if self._closed:
             return self._counted(Step(index, _CLOSED_MISS) for index in range(len(keys)))
         self.touch(keys)
         plan = chunk_steps if order == "chunk" else layer_steps
         steps = plan(
-            self._promoter, self._movers, keys, self._sizes, window_bytes=self._window_bytes, deadline=deadline
+            self._promoter,
+            self._movers,
+            keys,
+            self._sizes,
+            window_bytes=self._window_bytes,
+            deadline=deadline,
+            min_quality=min_quality,
         )
+        if decode and self._codecs is not None:
+            steps = decoded_steps(steps, self._codecs, self._transient, deadline)
         return self._counted(steps)
 
     def borrow(self, key: bytes, *, deadline_ms: float | None = None) -> Loan | Miss:
         """A loan on one chunk's container bytes."""
-        _check_key(key)
+        check_key(key)
         (outcome,) = self._promoter.borrow([key], deadline=deadline_at(deadline_ms))
         if isinstance(outcome, Miss):
             self.counters.add("misses", str(outcome.reason))
@@ -184,7 +211,7 @@ class Store:
 
     def head(self, keys: Sequence[bytes]) -> list[ChunkInfo | None]:
         """Size and tiers of each chunk, None where there is none."""
-        _check_keys(keys)
+        check_keys(keys)
         per_tier = [(tier.name, tier.sizes(keys)) for tier in self.tiers]
         infos: list[ChunkInfo | None] = []
         for index in range(len(keys)):
@@ -192,22 +219,16 @@ class Store:
             infos.append(ChunkInfo(cast(int, holds[0][1]), tuple(name for name, _ in holds)) if holds else None)
         return infos
 
-    def prefetch(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
-        """Queue promotions to memory and return at once; `busy` where the queue is full."""
-        deadline = deadline_at(deadline_ms)
-        statuses = []
-        for key, info in zip(keys, self.head(keys), strict=True):
-            if info is None:
-                statuses.append(PutStatus(stored=False, reason=Reason.ABSENT, detail="no tier holds the key"))
-            elif self.memory is None or self.memory.name in info.tiers:
-                statuses.append(PutStatus(stored=True, existed=True))
-            elif self._prefetch_room.acquire(blocking=False):
-                self._movers.submit(self._prefetch_one, key, deadline)
-                statuses.append(PutStatus(stored=True))
-            else:
-                self.counters.add("prefetches", "busy")
-                statuses.append(PutStatus(stored=False, reason=Reason.BUSY, detail="the prefetch queue is full"))
-        return statuses
+    def explain(self, keys: Sequence[bytes]) -> list[Explanation]:
+        """For each chunk of a chain where it is, or why it is nowhere."""
+        return explain_chain(keys, self.head(keys), self.events.last_removal)
+
+    def prefetch(self, keys: Sequence[bytes], *, tier: str = "", deadline_ms: float | None = None) -> list[PutStatus]:
+        """Queue promotions to memory, or to a device's tier by name, and return at once; `busy` if the queue is full.
+
+        Raises ConfigError if `tier` names any other.
+        """
+        return self._prefetcher.submit(keys, self.head, tier, deadline_at(deadline_ms))
 
     # -- keep and remove -----------------------------------------------------------------------------------------------
 
@@ -218,7 +239,7 @@ class Store:
 
     def pin(self, keys: Sequence[bytes], *, ttl_seconds: float) -> list[bool]:
         """Keep chunks from eviction for `ttl_seconds`, in every tier that holds them."""
-        _check_keys(keys)
+        check_keys(keys)
         if not ttl_seconds > 0:
             raise ConfigError(f"ttl_seconds is {ttl_seconds}; it must be positive")
         expires_at = time.monotonic() + ttl_seconds
@@ -226,12 +247,12 @@ class Store:
 
     def unpin(self, keys: Sequence[bytes]) -> list[bool]:
         """End pins."""
-        _check_keys(keys)
+        check_keys(keys)
         return _any_of([tier.unpin(keys) for tier in self.tiers])
 
     def delete(self, keys: Sequence[bytes]) -> list[bool]:
         """Remove chunks from every tier, and from the way down."""
-        _check_keys(keys)
+        check_keys(keys)
         deadline = deadline_at(None)
         found = []
         for tier in self.tiers:
@@ -278,20 +299,29 @@ class Store:
             self._behind.close()
         for tier in self.tiers:
             tier.close()
+        self.events.ring.close()
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
+    def _transcoders(self, recipes: Mapping[str, Recipe], gates: Sequence[gate.GateRecord]) -> dict[str, Transcoder]:
+        """The transcoder of every tier below memory that has a recipe."""
+        if recipes and self._codecs is None:
+            raise ConfigError("recipes need codecs to follow them with")
+        return {
+            tier.name: Transcoder(
+                recipes[tier.name],
+                cast(Codecs, self._codecs),
+                gates=gates,
+                limits=gate.PURPOSES[self.settings.lossy_limits],
+                transient=self._transient,
+                counters=self.counters,
+            )
+            for tier in self.tiers
+            if tier is not self.memory and tier.name in recipes
+        }
+
     def _sizes(self, keys: Sequence[bytes]) -> list[int]:
         return [info.nbytes if info is not None else 0 for info in self.head(keys)]
-
-    def _prefetch_one(self, key: bytes, deadline: float) -> None:
-        try:
-            (outcome,) = self._promoter.borrow([key], deadline=deadline)
-            if isinstance(outcome, Loan):
-                outcome.release()
-            self.counters.add("prefetches", "late" if isinstance(outcome, Miss) else "done")
-        finally:
-            self._prefetch_room.release()
 
     def _counted(self, steps: Generator[Step, None, None]) -> Generator[Step]:
         try:
@@ -305,25 +335,6 @@ class Store:
 
 _CLOSED_MISS = Miss(Reason.UNAVAILABLE, "the store is closed")
 _CLOSED = PutStatus(stored=False, reason=_CLOSED_MISS.reason, detail=_CLOSED_MISS.detail)
-
-
-def deadline_at(deadline_ms: float | None) -> float:
-    """time.monotonic seconds of a deadline given from now; None means DEADLINE_MS_DEFAULT. Raises ConfigError."""
-    if deadline_ms is None:
-        deadline_ms = DEADLINE_MS_DEFAULT
-    if not deadline_ms >= 0:
-        raise ConfigError(f"deadline_ms is {deadline_ms}; it must not be negative")
-    return time.monotonic() + deadline_ms / 1000
-
-
-def _check_key(key: bytes) -> None:
-    if not isinstance(key, bytes) or len(key) != KEY_BYTES:
-        raise ConfigError(f"a chunk key is {KEY_BYTES} bytes, not {key!r:.60}")
-
-
-def _check_keys(keys: Sequence[bytes]) -> None:
-    for key in keys:
-        _check_key(key)
 
 
 def _any_of(answers: list[list[bool]]) -> list[bool]:

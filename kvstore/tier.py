@@ -17,8 +17,9 @@ A new tier is one file in tiers/ plus one line in tiers/registry.py, and passes 
 
 from __future__ import annotations
 
+import enum
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import msgspec
@@ -70,6 +71,42 @@ class Usage(msgspec.Struct, frozen=True):
     pinned_bytes: int = 0
 
 
+class Removal(enum.StrEnum):
+    """Why a chunk left a tier. Stable names: they are wire values."""
+
+    DELETED = "deleted"  # somebody asked for it
+    EVICTED = "evicted"  # its room was needed
+    QUARANTINED = "quarantined"  # its bytes are bad, or the device cannot read them
+
+
+class TierListener(Protocol):
+    """Hears what enters and leaves a tier, key by key in the order in which it happens.
+
+    Called by the thread that does it, with the tier's lock held: it returns within microseconds, does no I/O, calls
+    no tier and raises nothing.
+    """
+
+    def stored(self, entry: Entry, data: memoryview) -> None:
+        """A chunk can be read from now on. `data` are its bytes, at least the first page; valid during the call."""
+
+    def removed(self, entries: Sequence[Entry], removal: Removal) -> None:
+        """Chunks cannot be found any more. Closing a tier removes nothing."""
+
+
+class _Nobody:
+    """The listener of a tier that nobody listens to."""
+
+    def stored(self, entry: Entry, data: memoryview) -> None:
+        pass
+
+    def removed(self, entries: Sequence[Entry], removal: Removal) -> None:
+        pass
+
+
+NOBODY: TierListener = _Nobody()
+"""Listens to nothing."""
+
+
 class Tier(ABC):
     """A bounded place that holds containers. See the module's text for what every method promises."""
 
@@ -84,6 +121,9 @@ class Tier(ABC):
 
     chunk_bytes_max: int
     """The largest chunk it can hold."""
+
+    listener: TierListener = NOBODY
+    """Told of every chunk that enters or leaves; set before the first call."""
 
     @abstractmethod
     def put(self, items: Sequence[PutItem]) -> list[PutStatus]:
@@ -193,3 +233,55 @@ class SupportsLease(Protocol):
 
     def release_owner(self, owner: str) -> int:
         """End every lease and unfinished slot of an owner; answers how many."""
+
+
+class Hold(Protocol):
+    """The right to read a chunk on a device: a context manager. Ends at `release`."""
+
+    nbytes: int
+    """Bytes of the chunk."""
+
+    def contiguous(self) -> SupportsDLPack:
+        """The chunk's bytes in one run in the device's memory: one axis of uint8, valid until `release`.
+
+        Where they have to be gathered, that happens on the caller's current stream.
+        """
+
+    def release(self) -> None:
+        """End the hold, once what the caller's current stream has been given is done. Idempotent."""
+
+    def __enter__(self) -> Hold: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+class SupportsDLPack(Protocol):
+    """An array that others can look at without a copy: a torch tensor, for one."""
+
+    def __dlpack__(self) -> object: ...
+
+
+@runtime_checkable
+class SupportsHold(Protocol):
+    """A tier in the memory of a device, whose chunks kernels in the same process read without a way over the host."""
+
+    def hold(self, key: bytes) -> Hold | Miss:
+        """Hold a chunk; counts as a use."""
+
+
+class HandDown(Protocol):
+    """Takes over a chunk that is being evicted.
+
+    Called by the evicting thread, without the tier's lock. `read(target)` fills memory of the chunk's size, and answers
+    its bytes or a miss; it works until the call returns. It raises nothing.
+    """
+
+    def __call__(self, entry: Entry, read: Callable[[memoryview], int | Miss]) -> None: ...
+
+
+@runtime_checkable
+class SupportsHandDown(Protocol):
+    """A tier that offers the bytes of what it evicts to whoever is below, before it uses their place again."""
+
+    hand_down: HandDown | None
+    """Set before the first call; None: what is evicted is gone."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from aiohttp import web
 
 from kvstore.errors import ConfigError
-from kvstore.service import chunks, control, fetching
+from kvstore.service import chunks, control, events, fetching, prompts
 from kvstore.service.daemon import DAEMON, Daemon
 from kvstore.service.refusal import RefusalError, json_response
 
@@ -55,7 +55,8 @@ JSON_BYTES_MAX = 16 << 20
 
 CHUNK_PATH = "/v1/chunks/{key}"
 ROUTES = (
-    Route("POST", "/v1/lookup", control.lookup, "lookup"),
+    Route("POST", "/v1/lookup", prompts.lookup, "lookup"),
+    Route("POST", "/v1/explain", prompts.explain, "explain"),
     Route("POST", "/v1/head", control.head, "head"),
     Route("POST", "/v1/fetch", fetching.fetch, "fetch"),
     Route("POST", "/v1/put", control.put, "put"),
@@ -70,6 +71,7 @@ ROUTES = (
     Route("DELETE", CHUNK_PATH, chunks.delete, "chunk_delete"),
     Route("GET", "/v1/info", control.info, "info"),
     Route("GET", "/v1/stats", control.stats, "stats"),
+    Route("GET", "/v1/events", events.events, "events", unlimited=True),
     Route("GET", "/metrics", metrics, "metrics", unlimited=True),
     Route("GET", "/health", health, "health", public=True, unlimited=True),
     Route("GET", "/openapi.yaml", openapi, "openapi", public=True),

@@ -21,7 +21,8 @@ DEADLINE_MS_MAX = 3_600_000.0
 
 T = TypeVar("T", bound=Request)
 
-_UNKNOWN_FIELD = re.compile(r"unknown field `(.*)`")
+_UNKNOWN_FIELD = re.compile(r"unknown field `([^`]*)`")
+_PLACE = re.compile(r"at `\$\.([^`]{1,80})`")
 _DECODERS: dict[type[Request], msgspec.json.Decoder[Request]] = {}
 
 
@@ -48,7 +49,8 @@ def decode_body(data: bytes, kind: type[T]) -> T:
     except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         unknown = _UNKNOWN_FIELD.search(str(error))
         if unknown is None:
-            raise RefusalError(400, "invalid", f"request body: {error}") from error
+            place = _PLACE.search(str(error))
+            raise RefusalError(400, "invalid", f"request body: {error}", place and place[1]) from error
         names = kind.__struct_fields__
         near = difflib.get_close_matches(unknown[1], names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"valid are: {', '.join(names)}"

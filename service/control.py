@@ -39,13 +39,6 @@ INLINE_KEYS_MAX = 2048
 """Keys that are looked up on the event loop: about a millisecond's worth."""
 
 
-async def lookup(request: web.Request) -> web.Response:
-    """The longest prefix of the keys that can be fetched now."""
-    daemon = request.app[DAEMON]
-    body = await read_body(request, KeysRequest)
-    return json_response(await _from_memory(daemon, daemon.store.lookup, body.keys))
-
-
 async def head(request: web.Request) -> web.Response:
     """Size and tiers of each chunk, null where there is none."""
     daemon = request.app[DAEMON]
@@ -123,7 +116,9 @@ async def flush(request: web.Request) -> web.Response:
 async def info(request: web.Request) -> web.Response:
     """Who answers, and the limits to keep."""
     daemon = request.app[DAEMON]
-    return json_response(InfoReply(kvstore.__version__, daemon.request_bytes_max, daemon.config.request_keys_max))
+    return json_response(
+        InfoReply(kvstore.__version__, daemon.request_bytes_max, daemon.config.request_keys_max, daemon.store.put_codec)
+    )
 
 
 async def stats(request: web.Request) -> web.Response:

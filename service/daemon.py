@@ -6,7 +6,7 @@ from aiohttp import web
 
 from kvstore.config import ServiceConfig
 from kvstore.service.auth import Gate, read_token
-from kvstore.service.limits import Inflight, Workers
+from kvstore.service.limits import Inflight, Listeners, Workers
 from kvstore.service.metrics import Metrics
 from kvstore.service.refusal import RefusalError
 from kvstore.service.session import Session, SessionServer, SharedMemory
@@ -31,12 +31,14 @@ class Daemon:
         self.request_bytes_max = parse_bytes(config.request_bytes_max, "service.request_bytes_max")
         self.gate = Gate(read_token(config.token_file) if config.token_file else None, config.host)
         self.inflight = Inflight(config.inflight_max)
+        self.listeners = Listeners(config.event_listeners_max)
         self.workers = Workers(config.inflight_max)
         self.sessions = self._session_server()
         self.metrics = Metrics(
             store.stats,
             inflight=lambda: self.inflight.requests,
             sessions=lambda: len(self.sessions) if self.sessions is not None else 0,
+            listeners=lambda: len(self.listeners),
         )
 
     @property

@@ -39,7 +39,13 @@ async def fetch(request: web.Request) -> web.StreamResponse:
     pull = None
     sender = None
     try:
-        steps = daemon.store.fetch(keys, order=body.order, deadline_ms=remaining_ms(deadline))
+        steps = daemon.store.fetch(
+            keys,
+            order=body.order,
+            deadline_ms=remaining_ms(deadline),
+            min_quality=body.min_quality,
+            decode=body.decode,
+        )
         pull = Pull(daemon, steps, Framer(keys, ledger, daemon.memory_name), ledger, deadline)
         response = web.StreamResponse(headers={"Content-Type": STREAM_TYPE})
         response.enable_chunked_encoding()

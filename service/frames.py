@@ -71,7 +71,8 @@ class Framer:
         if self._ledger is not None:
             self._ledger.count()
         if whole:
-            return Packet(Frame(kind="chunk", index=step.index, payload_bytes=len(step.view)), [step.view])
+            frame = Frame(kind="chunk", index=step.index, payload_bytes=len(step.view), origin=step.origin)
+            return Packet(frame, [step.view])
         return self._layers(step, start)
 
     def _layers(self, step: Step, start: int) -> Packet:

@@ -41,6 +41,38 @@ class Inflight:
             self.requests -= 1
 
 
+class Listeners:
+    """Counts readers of events, who stay; refuses those beyond `listeners_max`. Used on the event loop only."""
+
+    def __init__(self, listeners_max: int) -> None:
+        self.listeners_max = listeners_max
+        self.stopping = False
+        self._woken: set[asyncio.Event] = set()
+
+    def __len__(self) -> int:
+        return len(self._woken)
+
+    @contextmanager
+    def admit(self) -> Iterator[asyncio.Event]:
+        """Count one reader; the flag is set when the daemon stops. Raises RefusalError (503) if there are too many."""
+        if self.stopping:
+            raise RefusalError(503, "unavailable", "the daemon is stopping")
+        if len(self._woken) >= self.listeners_max:
+            raise RefusalError(503, "busy", f"{len(self._woken)} readers of events are connected; try again later")
+        woken = asyncio.Event()
+        self._woken.add(woken)
+        try:
+            yield woken
+        finally:
+            self._woken.discard(woken)
+
+    def stop(self) -> None:
+        """End every reader's stream, and admit no more."""
+        self.stopping = True
+        for woken in self._woken:
+            woken.set()
+
+
 class Workers:
     """Threads for verbs that may block. A job either has a thread or is refused; there is no queue.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -23,8 +23,16 @@ COUNTERS: dict[str, tuple[str, str | None, str]] = {
     "deletes": ("kvstore_deletes", None, "Keys deleted."),
     "demoted": ("kvstore_demoted", "tier", "Chunks written behind a put to a durable tier."),
     "demoted_bytes": ("kvstore_demoted_bytes", "tier", "Bytes written behind a put."),
+    "transcodes": (
+        "kvstore_transcodes",
+        "outcome",
+        "Chunks that came to a tier with a codec of its own: done, truncated, or why they stayed as they were.",
+    ),
+    "transcoded_bytes": ("kvstore_transcoded_bytes", "when", "Bytes of transcoded chunks, before and after."),
     "demotions_failed": ("kvstore_demotions_failed", "tier", "Chunks the durable tier refused."),
     "demotions_shed": ("kvstore_demotions_shed", "tier", "Chunks not written behind because the queue was full."),
+    "handed_down": ("kvstore_handed_down", "tier", "Chunks evicted from a tier that the memory below it took."),
+    "handed_down_failed": ("kvstore_handed_down_failed", "tier", "Chunks evicted from a tier that it could not take."),
 }
 """Counter of the store -> metric (Prometheus adds _total), name of its label, meaning."""
 
@@ -46,6 +54,7 @@ GAUGES = {
     "kvstore_transient_bytes": "Bytes lent outside every tier.",
     "kvstore_requests_inflight": "Requests being served now.",
     "kvstore_sessions": "Shared-memory sessions connected now.",
+    "kvstore_event_listeners": "Readers of the event stream connected now.",
 }
 REQUEST_SECONDS = "kvstore_request_seconds"
 REQUESTS = "kvstore_requests"
@@ -59,13 +68,19 @@ class Metrics:
         stats: `Store.stats`.
         inflight: requests being served now.
         sessions: shared-memory sessions connected now.
+        listeners: readers of the event stream connected now.
     """
 
     def __init__(
-        self, stats: Callable[[], dict[str, Any]], *, inflight: Callable[[], int], sessions: Callable[[], int]
+        self,
+        stats: Callable[[], dict[str, Any]],
+        *,
+        inflight: Callable[[], int],
+        sessions: Callable[[], int],
+        listeners: Callable[[], int],
     ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_StoreCollector(stats, inflight, sessions))
+        self._registry.register(_StoreCollector(stats, (inflight, sessions, listeners)))
         self._seconds = Histogram(
             REQUEST_SECONDS, "Seconds to serve a request.", ["verb"], registry=self._registry, buckets=_BUCKETS
         )
@@ -86,12 +101,9 @@ class Metrics:
 class _StoreCollector(Collector):
     """Reads the store's statistics when asked; keeps nothing."""
 
-    def __init__(
-        self, stats: Callable[[], dict[str, Any]], inflight: Callable[[], int], sessions: Callable[[], int]
-    ) -> None:
+    def __init__(self, stats: Callable[[], dict[str, Any]], gauges: Sequence[Callable[[], int]]) -> None:
         self._stats = stats
-        self._inflight = inflight
-        self._sessions = sessions
+        self._gauges = gauges
 
     def describe(self) -> list[Metric]:
         return []
@@ -105,7 +117,7 @@ class _StoreCollector(Collector):
                 family.add_metric([value_label] if label else [], count)
             yield family
         yield from _tier_metrics(stats["tiers"])
-        values = (stats["write_behind_bytes"], stats["transient_bytes"], self._inflight(), self._sessions())
+        values = (stats["write_behind_bytes"], stats["transient_bytes"], *(gauge() for gauge in self._gauges))
         for (name, help_text), value in zip(GAUGES.items(), values, strict=True):
             yield GaugeMetricFamily(name, help_text, value=value)
 

@@ -56,6 +56,7 @@ class Server:
     async def stop(self) -> None:
         """Refuse new requests, let those being served finish within `stop_seconds_max`, drop the rest. Idempotent."""
         self.daemon.inflight.draining = True
+        self.daemon.listeners.stop()
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None

@@ -27,7 +27,7 @@ from kvstore.errors import ConfigError, ServiceError, ServiceUnavailableError
 from kvstore.outcome import Reason
 from kvstore.protocol import Frame, encode_frame
 from kvstore.testing.chunks import sample_container, sample_key, sample_keys, sample_spec
-from kvstore.testing.client import collect, eventually, pinned_bytes, put_chunk, put_samples
+from kvstore.testing.client_harness import collect, eventually, pinned_bytes, put_chunk, put_samples
 from kvstore.testing.serving import ServerThread, small_store
 
 TOKEN = "a-token-of-many-characters"

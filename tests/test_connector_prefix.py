@@ -52,7 +52,13 @@ class Scripted(MemoryClient):
         return Lookup(("memory",) * len(keys))
 
     def fetch(
-        self, keys: Sequence[bytes], *, order: Order = "chunk", deadline_ms: float | None = None
+        self,
+        keys: Sequence[bytes],
+        *,
+        order: Order = "chunk",
+        deadline_ms: float | None = None,
+        min_quality: int = 0,
+        decode: bool = False,
     ) -> Iterator[Part]:
         return self.script([self.part(index, key) for index, key in enumerate(keys)])
 

@@ -169,7 +169,7 @@ ENTRY_FIELDS = {"level": 0, "part": 1, "start": 2, "stop": 4, "reserved": 6, "of
         ("version", "H", 2, Reason.UNKNOWN_VERSION),
         ("header", "I", 0, Reason.MALFORMED),
         ("header", "I", HEADER_BYTES_MAX + 1, Reason.MALFORMED),
-        ("flags", "H", 2, Reason.MALFORMED),
+        ("flags", "H", 8, Reason.MALFORMED),
         ("count", "I", 2, Reason.MALFORMED),
         ("count", "I", 4, Reason.MALFORMED),
         ("count", "I", 0xFFFFFFFF, Reason.MALFORMED),

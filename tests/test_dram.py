@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.bench import tiers_dram
+from kvstore.bench import dram_churn, tiers_dram
 from kvstore.errors import ConfigError, TierError
 from kvstore.outcome import Miss, PutStatus, Reason
 from kvstore.testing.harness import FakeClock, aligned, bytes_of, get, item, key_of, present, put
@@ -144,22 +144,27 @@ def test_a_put_is_refused_only_if_the_leased_leave_no_run(pages: list[int], rng:
     tier.close()
 
 
-def test_evicted_chunks_are_told_of_outside_the_lock(clock: FakeClock) -> None:
-    told: list[list[Entry]] = []
+def test_evicted_chunks_are_handed_down_before_their_place_is_used(tier: DramTier) -> None:
+    below: dict[Entry, bytes] = {}
 
-    def on_evict(entries: list[Entry]) -> None:
-        told.append(entries)
-        assert not any(watched.sizes([entry.key for entry in entries]))  # the lock is free, and they are gone
+    def take(entry: Entry, read: Callable[[memoryview], int | Miss]) -> None:
+        assert tier.sizes([entry.key]) == [None]  # the lock is free, and it is gone
+        target = memoryview(bytearray(entry.nbytes))
+        assert put(tier, 50 + len(below), PAGES * IO_ALIGN).reason is Reason.FULL  # its place is nobody else's yet
+        assert read(target) == entry.nbytes
+        below[entry] = bytes(target)
 
-    watched = DramTier(CAPACITY_BYTES, clock=clock, on_evict=on_evict)
-    watched.put([item(1, 4 * IO_ALIGN), item(2, 8 * IO_ALIGN - 5, key_of(1)), item(3, 4 * IO_ALIGN)])
-    watched.delete([key_of(3)])
-    assert told == []
-    put(watched, 4, 10 * IO_ALIGN)
-    assert told == [[Entry(key_of(1), bytes(32), 4 * IO_ALIGN), Entry(key_of(2), key_of(1), 8 * IO_ALIGN - 5)]]
-    counters = watched.counters()
+    tier.put([item(1, 4 * IO_ALIGN), item(2, 8 * IO_ALIGN - 5, key_of(1)), item(3, 4 * IO_ALIGN)])
+    tier.hand_down = take
+    tier.delete([key_of(3)])
+    assert below == {}
+    put(tier, 4, 14 * IO_ALIGN)
+    first, second = Entry(key_of(1), bytes(32), 4 * IO_ALIGN), Entry(key_of(2), key_of(1), 8 * IO_ALIGN - 5)
+    assert below == {first: bytes_of(1, 4 * IO_ALIGN), second: bytes_of(2, 8 * IO_ALIGN - 5)}
+    counters = tier.counters()
     assert (counters["evictions"], counters["evicted_bytes"]) == (2, 12 * IO_ALIGN - 5)
-    watched.close()
+    assert get(tier, 4, 14 * IO_ALIGN) == bytes_of(4, 14 * IO_ALIGN)
+    assert tier.usage().pinned_bytes == 0
 
 
 def test_another_process_reads_a_leased_chunk_while_others_come_and_go(tier: DramTier) -> None:
@@ -308,6 +313,43 @@ def test_reading_allocates_no_chunk() -> None:
         tracemalloc.stop()
     assert peak_bytes < 64 << 10
     big.close()
+
+
+def test_a_get_leaves_nothing_allocated_and_allocates_less_than_a_page() -> None:
+    big = DramTier(4 << 20)
+    put(big, 1, 1 << 20)
+    key = key_of(1)
+
+    def get_once() -> None:
+        held = big.lease(key, owner="me", ttl_seconds=30.0)
+        assert isinstance(held, DramLease)
+        with held:
+            assert len(held.view) == 1 << 20
+
+    for _ in range(200):
+        get_once()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        for _ in range(10):
+            get_once()
+        peak_bytes = tracemalloc.get_traced_memory()[1] - before
+        for _ in range(2000):
+            get_once()
+        kept_bytes = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < IO_ALIGN
+    assert kept_bytes < 64 << 10, "leases that have ended are forgotten, not kept until they would have expired"
+    big.close()
+
+
+@pytest.mark.parametrize("mixture", list(dram_churn.MIXTURES))
+def test_little_is_lost_to_fragmentation(mixture: str) -> None:
+    losses = [dram_churn.churn(dram_churn.MIXTURES[mixture], 4000, seed=seed) for seed in (0, 1, 0)]
+    assert losses[0] == losses[2], "a simulation is repeated by its seed"
+    assert max(losses) < 0.10
 
 
 def test_refusals_name_the_sizes(tier: DramTier) -> None:

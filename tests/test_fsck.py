@@ -16,9 +16,10 @@ from kvstore.tiers.catalog import Catalog, pack_record
 from kvstore.tiers.fsck import check
 from kvstore.tiers.index import ChunkEntry
 from kvstore.tiers.nvme import NvmeTier
-from kvstore.tiers.volume import entries_max, read_superblock
+from kvstore.tiers.volume import entries_max, journal_pages, read_superblock
 
 CAPACITY_BYTES = 1 << 20
+DATA_BYTES = CAPACITY_BYTES - (1 + journal_pages(CAPACITY_BYTES)) * IO_ALIGN
 KEYS = [sample_key(number) for number in range(5)]
 CONTAINERS = {key: sample_container(key, tokens=64) for key in KEYS}
 
@@ -66,7 +67,7 @@ def test_a_clean_volume(volume: Path) -> None:
     assert report.problems == []
     assert report.entries == 5
     assert report.leaked_bytes == 0
-    assert report.used_bytes + report.free_bytes == CAPACITY_BYTES - IO_ALIGN
+    assert report.used_bytes + report.free_bytes == DATA_BYTES
     assert report.verified_bytes == sum(map(len, CONTAINERS.values()))
     assert msgspec.json.decode(msgspec.json.encode(report), type=fsck.Report) == report
     assert report.text().splitlines()[-1] == "clean"
@@ -80,7 +81,7 @@ def test_an_unused_volume_is_clean(tmp_path: Path) -> None:
         file.unlink()
     report = check(tmp_path)
     assert report.clean
-    assert report.free_bytes == CAPACITY_BYTES - IO_ALIGN
+    assert report.free_bytes == DATA_BYTES
 
 
 @pytest.mark.parametrize("at", [0, 50, 5000])
@@ -97,7 +98,7 @@ def test_a_flipped_bit_is_found_only_when_deep_and_repaired_once(volume: Path, a
     assert repaired.clean
     assert repaired.problem_count == repaired.repaired_count == 1
     assert repaired.entries == 4
-    assert repaired.used_bytes + repaired.free_bytes == CAPACITY_BYTES - IO_ALIGN
+    assert repaired.used_bytes + repaired.free_bytes == DATA_BYTES
     assert check(volume).problem_count == 0
     assert held(volume) == set(KEYS) - {KEYS[2]}
 
@@ -105,8 +106,8 @@ def test_a_flipped_bit_is_found_only_when_deep_and_repaired_once(volume: Path, a
 def test_a_chunk_under_another_key_is_found(volume: Path) -> None:
     catalog = open_catalog(volume)
     record = dict(catalog.rows())[KEYS[0]]
-    entry = ChunkEntry(sample_key(99), int.from_bytes(record[8:16], "little") - IO_ALIGN, len(CONTAINERS[KEYS[0]]), 1)
-    catalog.apply([(KEYS[0], None), (entry.key, pack_record(entry))])
+    entry = ChunkEntry(sample_key(99), int.from_bytes(record[8:16], "little"), len(CONTAINERS[KEYS[0]]), 1)
+    catalog.apply([(KEYS[0], None), (entry.key, pack_record(entry))], catalog.position)
     catalog.close()
     (problem,) = check(volume).problems
     assert "wrong_key" in problem.detail
@@ -116,7 +117,8 @@ def test_bad_records_are_found_and_dropped(volume: Path) -> None:
     catalog = open_catalog(volume)
     beyond = ChunkEntry(sample_key(98), CAPACITY_BYTES, 100, 1)
     twin = ChunkEntry(sample_key(97), 0, 100, 1)
-    catalog.apply([(entry.key, pack_record(entry)) for entry in (beyond, twin)] + [(b"x", b"y")])
+    rows = [(entry.key, pack_record(entry)) for entry in (beyond, twin)]
+    catalog.apply([*rows, (b"x", b"y")], catalog.position)
     catalog.close()
     report = check(volume)
     assert {problem.part for problem in report.problems} == {"record"}

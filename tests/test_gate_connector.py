@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,27 @@ pytest.importorskip("transformers")
 
 import torch
 
-from kvstore import gate, gate_records
+from kvstore import container, gate, gate_records
+from kvstore.client import QUALITY_EXACT, Client
 from kvstore.codec import Codec
 from kvstore.codecs import registry
+from kvstore.compose import open_store
+from kvstore.config import Config, TierConfig
 from kvstore.connectors.gate import run_gate
 from kvstore.connectors.gate_trials import text_trials
 from kvstore.connectors.transformers import TransformersConnector
+from kvstore.embedded import EmbeddedClient
 from kvstore.errors import ConfigError
 from kvstore.gate import GateRecord
 from kvstore.outcome import Reason
+from kvstore.store import Store
 from kvstore.testing.memory_client import MemoryClient
 from kvstore.testing.models import VOCABULARY, random_model, random_prompt
 from kvstore.testing.noise import NoiseCodec
+from kvstore.tier import Tier
+from kvstore.tiers.dram import DramTier
+from kvstore.tiers.nvme import NvmeTier
+from kvstore.transcode import Recipe
 
 CHUNK = 16
 PROMPT = random_prompt(3 * CHUNK + 5, 1)
@@ -54,8 +64,8 @@ def measure(model: Any, codec: Codec) -> GateRecord:
     return record
 
 
-def connect(client: MemoryClient, model: Any = None, **options: Any) -> TransformersConnector:
-    return TransformersConnector(model or random_model(), client, chunk_tokens=CHUNK, **options)
+def connect(client: Client, model: Any = None, **options: Any) -> TransformersConnector:
+    return TransformersConnector(model or random_model(), client, chunk_tokens=CHUNK, load_policy="always", **options)
 
 
 def test_a_lossy_codec_without_a_record_is_refused_with_the_command() -> None:
@@ -143,3 +153,100 @@ def test_a_connector_with_limits_reads_lossy_chunks_and_writes_exact_ones() -> N
     connect(client, model, codec="noise", gates=records, limits=FEW).prefill(PROMPT)
     _, _, report = connect(client, model, gates=records, limits=FEW).prefill(PROMPT)
     assert (report.loaded_chunks, report.misses) == (3, {})
+
+
+class Lossy:
+    """A model, its record, and a store whose nvme tier keeps chunks in codec int8."""
+
+    def __init__(self, directory: Path) -> None:
+        self.model = random_model()
+        record = measure(self.model, registry.get("int8"))
+        metrics = msgspec.structs.replace(record.levels[0].metrics, scored_tokens=4096)
+        self.record = msgspec.structs.replace(record, levels=(gate.LevelResult(0, metrics),))
+        tiers: list[Tier] = [DramTier(16 << 20), NvmeTier(directory / "nvme", capacity_bytes=64 << 20)]
+        self.store = Store(tiers, codecs=registry, recipes={"nvme": Recipe("int8")}, gates=[self.record])
+        self.client = EmbeddedClient(self.store)
+
+    def connect(self, **options: Any) -> TransformersConnector:
+        options = {"limits": FEW, "gates": [self.record], "codec": "raw", "durable": True, **options}
+        return TransformersConnector(self.model, self.client, chunk_tokens=CHUNK, load_policy="always", **options)
+
+    def forget_memory(self) -> None:
+        assert self.store.memory is not None
+        self.store.memory.delete([entry.key for entry in self.store.memory.scan()])
+
+
+@pytest.fixture
+def lossy(tmp_path: Path) -> Iterator[Lossy]:
+    made = Lossy(tmp_path)
+    yield made
+    made.client.close()
+
+
+@pytest.mark.parametrize("decode_in_store", [False, True])
+def test_chunks_that_a_tier_made_lossy_serve_those_who_accept_them(lossy: Lossy, decode_in_store: bool) -> None:
+    _, expected, report = lossy.connect().prefill(PROMPT)
+    assert report.stored_chunks == 3
+    assert lossy.store.counters.snapshot()["transcodes"] == {"done": 3}
+    lossy.forget_memory()
+    _, logits, report = lossy.connect(decode_in_store=decode_in_store).prefill(PROMPT)
+    assert report.loaded_chunks == 3
+    assert 0 < (logits - expected).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("decode_in_store", [False, True])
+def test_who_does_not_accept_them_computes_and_puts_better_ones(lossy: Lossy, decode_in_store: bool) -> None:
+    _, expected, _ = lossy.connect().prefill(PROMPT)
+    lossy.forget_memory()
+    _, logits, report = lossy.connect(gates=(), decode_in_store=decode_in_store).prefill(PROMPT)
+    assert report.stop is not None
+    assert report.stop.reason == Reason.UNGATED
+    assert (report.loaded_chunks, report.stored_chunks) == (0, 3)
+    assert torch.equal(logits, expected)
+    _, logits, report = lossy.connect(min_quality=QUALITY_EXACT).prefill(PROMPT)
+    assert report.loaded_chunks == 3
+    lossy.forget_memory()
+    _, logits, report = lossy.connect(min_quality=QUALITY_EXACT).prefill(PROMPT)
+    assert report.stop is not None
+    assert report.stop.reason == Reason.LOW_QUALITY
+    assert report.stored_chunks == 3
+    torch.testing.assert_close(logits, expected)
+
+
+def test_exact_readers_chunks_stay_exact_in_a_lossy_tier(lossy: Lossy) -> None:
+    exact = lossy.connect(limits=None, gates=None)
+    _, expected, _ = exact.prefill(PROMPT)
+    lossy.forget_memory()
+    _, logits, report = exact.prefill(PROMPT)
+    assert report.loaded_chunks == 3
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert lossy.store.counters.snapshot()["transcodes"] == {"exact_wanted": 3}
+
+
+def test_decoded_chunks_of_unknown_origin_are_refused() -> None:
+    client = MemoryClient()
+    model = random_model()
+    record = measure(model, NoiseCodec())
+    connector = connect(client, model, limits=FEW, gates=[record])
+    connector.prefill(PROMPT)
+    for key, data in client.chunks.items():
+        header = container.parse(memoryview(data))
+        meta = msgspec.structs.replace(header.meta, flags=header.meta.flags | container.FLAG_FROM_LOSSY)
+        packed = container.pack_header(msgspec.structs.replace(header, meta=meta))
+        client.chunks[key] = packed + data[len(packed) :]
+    _, _, report = connector.prefill(PROMPT)
+    assert report.stop is not None
+    assert report.stop.reason == Reason.UNGATED
+    assert "does not say which" in report.stop.detail
+
+
+def test_the_codec_that_the_store_asks_for_is_written(tmp_path: Path) -> None:
+    model = random_model()
+    for asked, written in (("lossless_dense", "lossless_dense"), ("ladder@1", "lossless"), ("as_is", "lossless")):
+        config = Config(tiers={"dram": TierConfig(capacity="16MiB", codec=asked)})
+        with EmbeddedClient(open_store(config)) as client:
+            connect(client, model).prefill(PROMPT)
+            assert client.store.memory is not None
+            keys = [entry.key for entry in client.store.memory.scan()]
+            assert len(keys) == 3
+            assert {part.header.codec for part in client.fetch(keys) if part.header is not None} == {written}

@@ -11,7 +11,7 @@ from kvstore.testing.tier import DurableContract, TierContract
 from kvstore.testing.tier_model import TierModel
 from kvstore.tier import IO_ALIGN, Tier
 from kvstore.tiers.nvme import NvmeTier
-from kvstore.tiers.volume import VOLUME_NAME
+from kvstore.tiers.volume import VOLUME_NAME, journal_pages
 
 
 def open_nvme(capacity_bytes: int, clock: Callable[[], float], directory: Path) -> Tier:
@@ -31,13 +31,14 @@ def stored_bytes(tier: Tier, key: bytes) -> bytes | None:
 
 
 class NvmeContract(DurableContract, TierContract):
-    """The contract, with chunks of which four fill a volume of which a superblock takes the first page."""
+    """The contract, with chunks of which four fill a volume, of which superblock and journal take the first pages."""
 
     stored_bytes = staticmethod(stored_bytes)
 
     @property
     def quarter(self) -> int:
-        return (self.capacity_bytes - IO_ALIGN) // 4 // IO_ALIGN * IO_ALIGN
+        pages = self.capacity_bytes // IO_ALIGN - 1 - journal_pages(self.capacity_bytes)
+        return pages // 4 * IO_ALIGN
 
 
 class TestNvmeTier(NvmeContract):

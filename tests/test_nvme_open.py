@@ -175,7 +175,7 @@ def test_foreign_damaged_and_newer_volumes_are_refused(volume: Path, tmp_path: P
 
     for change, words in (
         (set_byte(0, 0), "not a kvstore volume"),
-        (set_byte(8, FORMAT_VERSION + 1), "format 2"),
+        (set_byte(8, FORMAT_VERSION + 1), f"format {FORMAT_VERSION + 1}"),
         (set_byte(20, 255), "checksum"),
     ):
         copy = tmp_path / words.replace(" ", "-")
@@ -193,7 +193,7 @@ def test_foreign_damaged_and_newer_volumes_are_refused(volume: Path, tmp_path: P
 @settings(deadline=None, max_examples=300)
 @given(st.binary(max_size=80), st.integers(0, 63), st.binary(min_size=1, max_size=8))
 def test_any_superblock_is_refused_or_sound(start: bytes, at: int, change: bytes) -> None:
-    page = bytearray(Superblock(bytes(16), CAPACITY_BYTES).pack())
+    page = bytearray(Superblock(bytes(16), CAPACITY_BYTES, 4).pack())
     for bad in (start.ljust(IO_ALIGN, b"\0"), bytes(page[:at] + change + page[at + len(change) :])[:IO_ALIGN]):
         try:
             superblock = Superblock.parse(bad, Path("volume"))
@@ -232,8 +232,9 @@ def test_bad_records_are_dropped_and_counted(volume: Path, caplog: pytest.LogCap
     damaged = bytearray(rows[key_of(1)])
     damaged[9] ^= 1
     beyond = pack_record(ChunkEntry(key_of(50), CAPACITY_BYTES, 100, 1))
-    twin = pack_record(ChunkEntry(key_of(51), RECORD.unpack(rows[key_of(2)])[3] - IO_ALIGN, 100, 1))
-    catalog.apply([(key_of(1), bytes(damaged)), (key_of(50), beyond), (key_of(51), twin), (b"short", b"value")])
+    twin = pack_record(ChunkEntry(key_of(51), RECORD.unpack(rows[key_of(2)])[3], 100, 1))
+    bad = [(key_of(1), bytes(damaged)), (key_of(50), beyond), (key_of(51), twin), (b"short", b"value")]
+    catalog.apply(bad, catalog.position)
     catalog.close()
     with caplog.at_level(logging.WARNING):
         tier = NvmeTier(volume, CAPACITY_BYTES)

@@ -11,7 +11,7 @@ import pytest
 
 import kvstore
 from kvstore.config import Config, ServiceConfig, TierConfig
-from kvstore.store import StoreSettings
+from kvstore.store_settings import StoreSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 LINES_MAX = 400

@@ -49,7 +49,7 @@ def test_a_package_can_add_a_kind_but_not_replace_one(monkeypatch: pytest.Monkey
         return [EntryPoint(name, "kvstore.tiers.nvme:NvmeTier", group) for name in ("tape", "dram")]
 
     monkeypatch.setattr(registry, "entry_points", entry_points)
-    assert registry.available() == ["dram", "nvme", "tape"]
+    assert registry.available() == ["dram", "hbm", "nvme", "tape"]
     tier = registry.open_tier("tape", name="tape", capacity_bytes=1 << 20, path=tmp_path)
     assert isinstance(tier, NvmeTier)
     tier.close()

@@ -18,12 +18,13 @@ from kvstore import protocol
 from kvstore.config import ServiceConfig
 from kvstore.errors import ConfigError
 from kvstore.keys import ROOT
-from kvstore.outcome import Miss, PutStatus
+from kvstore.outcome import Lookup, Miss, PutStatus
 from kvstore.service import app as service_app
 from kvstore.service import metrics
 from kvstore.service.auth import Gate, read_token
 from kvstore.service.bodies import decode_body
 from kvstore.service.refusal import RefusalError
+from kvstore.sse import EventBody
 from kvstore.testing.chunks import sample_container, sample_key, sample_spec
 from kvstore.testing.serving import ServerThread, small_store
 
@@ -354,6 +355,8 @@ def test_the_openapi_document_is_what_is_served(server: ServerThread) -> None:
     schemas = document["components"]["schemas"]
     structs: list[type[msgspec.Struct]] = [*protocol.Request.__subclasses__(), protocol.HeadEntry, protocol.HeadReply]
     structs += [protocol.StatusesReply, protocol.FoundReply, protocol.FlushReply, protocol.InfoReply, PutStatus, Miss]
+    structs += [Lookup, protocol.PromptLookup, protocol.HexBytes, protocol.ExplainEntry, protocol.ExplainReply]
+    structs.append(EventBody)
     for struct in structs:
         schema = schemas[struct.__name__]
         assert set(schema["properties"]) == set(struct.__struct_fields__), struct.__name__

@@ -27,7 +27,7 @@ from kvstore.outcome import Reason
 from kvstore.protocol import ACK, SESSION_SUFFIX, SessionHello, SessionReady, SessionStaging
 from kvstore.service.staging import Staging
 from kvstore.testing.chunks import sample_container, sample_key, sample_keys, sample_spec
-from kvstore.testing.client import collect, eventually, pinned_bytes, put_chunk, put_samples
+from kvstore.testing.client_harness import collect, eventually, pinned_bytes, put_chunk, put_samples
 from kvstore.testing.serving import ServerThread, small_store
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW

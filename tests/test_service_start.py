@@ -24,7 +24,7 @@ from kvstore.protocol import SESSION_SUFFIX
 from kvstore.service.listening import UnixListener, listen_tcp
 from kvstore.service.server import Server
 from kvstore.testing.chunks import sample_container, sample_key, sample_keys
-from kvstore.testing.client import collect, eventually, put_chunk, put_samples
+from kvstore.testing.client_harness import collect, eventually, put_chunk, put_samples
 from kvstore.testing.serving import ServerThread, small_store
 
 

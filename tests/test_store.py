@@ -17,7 +17,8 @@ from kvstore.fetching import Step
 from kvstore.keys import ROOT
 from kvstore.loan import Loan
 from kvstore.outcome import Miss, Reason
-from kvstore.store import Store, StoreSettings
+from kvstore.store import Store
+from kvstore.store_settings import StoreSettings
 from kvstore.testing.chunks import sample_container, sample_key, sample_keys
 from kvstore.testing.wrappers import BrokenTier, GatedTier
 from kvstore.tier import PutItem, Tier

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from hypothesis import settings
 
+from kvstore.outcome import Miss
 from kvstore.testing.lease import LeaseContract
 from kvstore.testing.tier import TierContract
 from kvstore.testing.tier_model import TierModel
-from kvstore.tier import Tier
+from kvstore.tier import Entry, Tier
 from kvstore.tiers.dram import DramTier
 from kvstore.tiers.leases import DramLease
 
@@ -37,6 +38,34 @@ class TestDramTier(LeaseContract, TierContract):
 
     open_tier = staticmethod(open_dram)
     stored_bytes = staticmethod(stored_bytes)
+
+
+def open_handing_down(capacity_bytes: int, clock: Callable[[], float], _directory: Path) -> Tier:
+    """A dram tier that hands down what it evicts, to somebody who reads it and forgets it."""
+    tier = DramTier(capacity_bytes, clock=clock)
+
+    def take(entry: Entry, read: Callable[[memoryview], int | Miss]) -> None:
+        read(memoryview(bytearray(entry.nbytes)))
+
+    tier.hand_down = take
+    return tier
+
+
+class TestHandingDown(LeaseContract, TierContract):
+    """Handing down changes nothing else."""
+
+    open_tier = staticmethod(open_handing_down)
+    stored_bytes = staticmethod(stored_bytes)
+
+
+class HandingDownModel(TierModel):
+    """Likewise, against a dict."""
+
+    open_tier = staticmethod(open_handing_down)
+
+
+TestHandingDownModel = HandingDownModel.TestCase
+TestHandingDownModel.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
 class DramModel(TierModel):

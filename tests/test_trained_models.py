@@ -83,7 +83,7 @@ def test_recall_from_stored_kv_is_the_same(recall_task: ModuleType, tmp_path: Pa
     right = asked = 0
     for warm in (False, True):
         with kvstore.connect(url) as client:
-            connector = TransformersConnector(model, client, chunk_tokens=32, durable=True)
+            connector = TransformersConnector(model, client, chunk_tokens=32, durable=True, load_policy="always")
             for sample in samples:
                 for position in sample.answer_positions[:6]:
                     prompt = torch.tensor([sample.tokens[:position]])
@@ -107,7 +107,7 @@ def test_real_text_continues_the_same_after_a_restart(tmp_path: Path) -> None:
     url = f"embedded:{tmp_path}?dram=64MiB&nvme=128MiB"
     for reused in ([0, 256, 512, 768], [256, 512, 512, 1024]):
         with kvstore.connect(url) as client:
-            connector = TransformersConnector(model, client, durable=True)
+            connector = TransformersConnector(model, client, durable=True, load_policy="always")
             for prompt, sequence, at_least in zip(prompts, expected, reused, strict=True):
                 got, reports = connector.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=1)
                 assert torch.equal(got, sequence)

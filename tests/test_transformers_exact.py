@@ -36,7 +36,9 @@ def one_thread() -> Iterator[None]:
 
 
 def connect(model: PreTrainedModel, client: MemoryClient, *, codec: str = "raw") -> TransformersConnector:
-    return TransformersConnector(model, client, chunk_tokens=CHUNK, codec=codec, load_deadline_ms=60_000)
+    return TransformersConnector(
+        model, client, chunk_tokens=CHUNK, codec=codec, load_deadline_ms=60_000, load_policy="always"
+    )
 
 
 def bits(cache: Any, tokens: int) -> list[npt.NDArray[np.integer]]:

@@ -24,7 +24,9 @@ PROMPT = random_prompt(40, 1)
 
 
 def connect(model: PreTrainedModel, client: MemoryClient, **options: Any) -> TransformersConnector:
-    return TransformersConnector(model, client, **{"chunk_tokens": 16, "codec": "raw", **options})
+    return TransformersConnector(
+        model, client, **{"chunk_tokens": 16, "codec": "raw", "load_policy": "always", **options}
+    )
 
 
 def fingerprint(model: PreTrainedModel) -> bytes:

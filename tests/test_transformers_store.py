@@ -26,7 +26,9 @@ def test_prompts_come_back_after_a_restart(tmp_path: Path, codec: str) -> None:
 
     def run(*, durable: bool = False) -> ReuseReport:
         with kvstore.connect(url) as client:
-            connector = TransformersConnector(model, client, chunk_tokens=CHUNK, codec=codec, durable=durable)
+            connector = TransformersConnector(
+                model, client, chunk_tokens=CHUNK, codec=codec, durable=durable, load_policy="always"
+            )
             sequences, (report,) = connector.generate(prompt, max_new_tokens=8, do_sample=False)
         assert torch.equal(sequences, expected)
         return report
@@ -40,7 +42,7 @@ def test_prompts_come_back_after_a_restart(tmp_path: Path, codec: str) -> None:
 def test_a_closed_store_is_gone_around() -> None:
     model, prompt = random_model(), random_prompt(40, 2)
     client = kvstore.connect("embedded:?dram=8MiB")
-    connector = TransformersConnector(model, client, chunk_tokens=CHUNK, codec="raw")
+    connector = TransformersConnector(model, client, chunk_tokens=CHUNK, codec="raw", load_policy="always")
     expected, _ = connector.generate(prompt, max_new_tokens=4, do_sample=False)
     client.close()
     sequences, (report,) = connector.generate(prompt, max_new_tokens=4, do_sample=False)

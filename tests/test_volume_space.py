@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvstore.testing.harness import key_of
+from kvstore.tiers.catalog import Operation
 from kvstore.tiers.extents import ExtentAllocator
 from kvstore.tiers.groupcommit import Ticket
 from kvstore.tiers.index import ChunkEntry
@@ -36,7 +37,7 @@ def test_the_limit_on_entries_evicts_though_there_is_room() -> None:
     for number in range(3):
         assert fill(space, number, 1, evictions) is not None
     assert held(space) == [key_of(1), key_of(2)]
-    assert evictions.operations == [(key_of(0), None)]
+    assert evictions.operations == [Operation(key_of(0), None)]
 
 
 def test_the_limit_on_entries_counts_what_is_being_filled() -> None:

@@ -15,7 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from kvstore.errors import ConfigError, TierError
+from kvstore.tiers.placement import bind_to_node, register_with_cuda, unregister_from_cuda
 
 F_SEAL_FUTURE_WRITE = 0x10
 """linux/fcntl.h; Python's fcntl module has no name for it."""
@@ -42,6 +45,24 @@ class _Mapping:
     def __init__(self, mapping: mmap.mmap) -> None:
         self._map: mmap.mmap | None = mapping
         self._view = memoryview(mapping)
+        self._pinned_at = 0
+
+    @property
+    def address(self) -> int:
+        """Where the memory is mapped in this process."""
+        return int(np.frombuffer(self._view, dtype=np.uint8).ctypes.data)
+
+    @property
+    def pinned(self) -> bool:
+        """True if a GPU of this process copies from and to this memory on its own."""
+        return bool(self._pinned_at)
+
+    def pin(self) -> bool:
+        """Register the memory with CUDA, which backs all of it now; False, and no harm done, where that cannot be."""
+        address = self.address
+        if not self._pinned_at and register_with_cuda(address, len(self._view), read_only=self._view.readonly):
+            self._pinned_at = address
+        return self.pinned
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Bytes from `offset` on, writable for the owner only. Raises ValueError outside and after `close`."""
@@ -56,6 +77,9 @@ class _Mapping:
         would turn a late read into a crash.
         """
         if self._map is not None:
+            if self._pinned_at:
+                unregister_from_cuda(self._pinned_at)
+                self._pinned_at = 0
             self._view.release()
             with suppress(BufferError):
                 self._map.close()
@@ -69,13 +93,21 @@ class Arena(_Mapping):
         capacity_bytes: size; a multiple of 2 MiB if reserved huge pages are wanted.
         huge_pages: try reserved huge pages (MFD_HUGETLB), then transparent ones; `pages` says what was got.
         prefault: back all of it with memory now, in a thread, so that first writes run at full speed.
+        numa_node: take the memory from this node (a CXL expander is one) and no other; None: wherever the kernel likes.
 
     Raises:
-        ConfigError: this machine does not have that much memory.
+        ConfigError: this machine does not have that much memory, or no such node.
         TierError: the system has no memfd with these seals, or cannot map it.
     """
 
-    def __init__(self, capacity_bytes: int, *, huge_pages: bool = False, prefault: bool = False) -> None:
+    def __init__(
+        self,
+        capacity_bytes: int,
+        *,
+        huge_pages: bool = False,
+        prefault: bool = False,
+        numa_node: int | None = None,
+    ) -> None:
         memory_bytes = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
         if not 0 < capacity_bytes <= memory_bytes:
             raise ConfigError(f"dram capacity is {capacity_bytes} bytes; this machine has {memory_bytes}")
@@ -91,10 +123,12 @@ class Arena(_Mapping):
         self._closing = threading.Event()
         self._prefaulter: threading.Thread | None = None
         try:
-            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, SEALS)
-        except OSError as error:
+            if numa_node is not None:
+                bind_to_node(self.address, capacity_bytes, numa_node)
+            self._seal()
+        except (OSError, ConfigError):
             self.close()
-            raise TierError(f"cannot seal shared memory: {error.strerror}; the dram tier needs Linux 5.1") from error
+            raise
         if prefault:
             self._prefaulter = threading.Thread(target=self._prefault, args=(mapping,), daemon=True)
             self._prefaulter.start()
@@ -120,6 +154,12 @@ class Arena(_Mapping):
             self.wait_prefaulted(CLOSE_TIMEOUT_SECONDS)
             os.close(self._fd)
         super().close()
+
+    def _seal(self) -> None:
+        try:
+            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, SEALS)
+        except OSError as error:
+            raise TierError(f"cannot seal shared memory: {error.strerror}; the dram tier needs Linux 5.1") from error
 
     def _prefault(self, mapping: mmap.mmap) -> None:
         for start in range(0, self.capacity_bytes, PREFAULT_STEP_BYTES):

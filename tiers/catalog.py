@@ -1,8 +1,11 @@
-"""The catalog: what a volume holds, durably. LMDB, key -> fixed record; values are places, never chunks.
+"""The catalog: what a volume held at the last checkpoint, durably. LMDB, key -> fixed record; values are places.
 
 Record, little-endian, 64 bytes: volume number u16, reserved u16 (zero), check u32, offset u64 (of the extent, from
-the start of the volume file), bytes u64, access number u64, parent key 32. `check` is the low half of the XXH3-64 of
-the key and of everything behind the check, so that a damaged record is dropped instead of believed.
+the first byte behind the journal), bytes u64, access number u64, parent key 32. `check` is the low half of the XXH3-64
+of the key and of everything behind the check, so that a damaged record is dropped instead of believed.
+
+The meta record says which volume it belongs to and where in the journal (`kvstore.tiers.journal`) the checkpoint
+stands: an epoch, and the sequence of the first page whose operations are not in here.
 
 One environment per process, never used across fork. LMDB's own locks are off: the volume's lock keeps other processes
 out, and inside the process one thread reads it at start and one thread writes it after.
@@ -15,6 +18,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import lmdb
 import msgspec
@@ -23,15 +27,17 @@ import numpy as np
 from kvstore import kernels
 from kvstore.errors import TierError, VolumeFormatError
 from kvstore.keys import KEY_BYTES
-from kvstore.tier import IO_ALIGN
+from kvstore.tiers.evidence import Evidence
 from kvstore.tiers.extents import ExtentAllocator
 from kvstore.tiers.index import ChunkEntry
 
 _log = logging.getLogger(__name__)
 
 CATALOG_FILE = "data.mdb"
-CATALOG_VERSION = 1
+_META_KEY = b"volume"
+CATALOG_VERSION = 2
 RECORD = struct.Struct("<HHIQQQ32s")
+RECORD_BYTES = RECORD.size
 _CHECKED = 8
 """Where the part of a record that `check` covers begins."""
 
@@ -47,8 +53,17 @@ _FIELDS = np.dtype(
     ]
 )
 
-Operation = tuple[bytes, bytes | None]
+Row = tuple[bytes, bytes | None]
 """(key, record) to write, (key, None) to delete."""
+
+
+class Operation(NamedTuple):
+    """One change: a chunk was stored, and the evidence of its bytes; or deleted, when `record` is None."""
+
+    key: bytes
+    record: bytes | None
+    evidence: Evidence = Evidence()
+
 
 FILL_BYTES_MIN = 1 << 20
 FILL_BYTES_MAX = 16 << 20
@@ -57,9 +72,23 @@ RECORD_BYTES_ON_DISK = 512
 """Room in the map for each record: four times what it takes in a half-full B-tree page, for pages that await reuse."""
 
 
+class Position(msgspec.Struct, frozen=True):
+    """Where in the journal a checkpoint stands: pages of this epoch from `sequence` on are newer than it."""
+
+    epoch: int
+    sequence: int = 0
+
+
+def new_epoch() -> int:
+    """A number that no opening of any volume has had."""
+    return int.from_bytes(os.urandom(7), "little")
+
+
 class _Meta(msgspec.Struct, frozen=True):
     version: int
     uuid: str
+    epoch: int = 0
+    sequence: int = 0
 
 
 class BadRecord(msgspec.Struct, frozen=True):
@@ -78,8 +107,8 @@ class Recovered(msgspec.Struct, frozen=True):
 
 
 def pack_record(entry: ChunkEntry) -> bytes:
-    """The record of a chunk; `entry.offset` counts from the first byte behind the superblock."""
-    record = RECORD.pack(0, 0, 0, entry.offset + IO_ALIGN, entry.nbytes, entry.access, entry.parent)
+    """The record of a chunk."""
+    record = RECORD.pack(0, 0, 0, entry.offset, entry.nbytes, entry.access, entry.parent)
     return _prefix(entry.key, record[_CHECKED:]) + record[_CHECKED:]
 
 
@@ -88,12 +117,20 @@ def _prefix(key: bytes, body: bytes) -> bytes:
     return struct.pack("<HHI", 0, 0, kernels.xxh3(key + body) & 0xFFFFFFFF)
 
 
-def recover(rows: Iterable[tuple[bytes, bytes]], volume_bytes: int) -> Recovered:
+def place_of(key: bytes, record: bytes, data_bytes: int) -> tuple[int, int] | None:
+    """(offset, bytes) of the chunk that a record names, None if the record cannot be believed."""
+    if len(record) != RECORD.size or record[:_CHECKED] != _prefix(key, record[_CHECKED:]):
+        return None
+    _, _, _, offset, nbytes, _, _ = RECORD.unpack(record)
+    return (offset, nbytes) if nbytes and offset + nbytes <= data_bytes else None
+
+
+def recover(rows: Iterable[tuple[bytes, bytes]], data_bytes: int) -> Recovered:
     """Check every record of a catalog against its own check, the volume's size and all other records.
 
     Args:
         rows: (key, record) as they are in the catalog; untrusted bytes.
-        volume_bytes: size of the volume file, superblock included.
+        data_bytes: size of the part of the volume that chunks lie in.
 
     Records that do not add up are in `bad`; of extents that overlap, all are. `extents` is the allocator with exactly
     the good chunks taken, so nothing can leak.
@@ -110,9 +147,9 @@ def recover(rows: Iterable[tuple[bytes, bytes]], volume_bytes: int) -> Recovered
             keys.append(key)
             values.append(value)
     fields = np.frombuffer(b"".join(values), dtype=_FIELDS)
-    extents = ExtentAllocator(volume_bytes - IO_ALIGN)
+    extents = ExtentAllocator(data_bytes)
     # What does not fit in 63 bits becomes negative here and is refused by the allocator.
-    refused = extents.claim_all(fields["offset"].astype(np.int64) - IO_ALIGN, fields["nbytes"].astype(np.int64))
+    refused = extents.claim_all(fields["offset"].astype(np.int64), fields["nbytes"].astype(np.int64))
     refused |= fields["nbytes"] == 0
     for at in np.flatnonzero(refused).tolist():
         place = f"extent of {fields['nbytes'][at]} bytes at {fields['offset'][at]}"
@@ -120,14 +157,14 @@ def recover(rows: Iterable[tuple[bytes, bytes]], volume_bytes: int) -> Recovered
     order = np.argsort(fields["access"], kind="stable")
     offsets, sizes, accesses = (fields[name].tolist() for name in ("offset", "nbytes", "access"))
     entries = [
-        ChunkEntry(keys[at], offsets[at] - IO_ALIGN, sizes[at], accesses[at], values[at][-KEY_BYTES:])
+        ChunkEntry(keys[at], offsets[at], sizes[at], accesses[at], values[at][-KEY_BYTES:])
         for at in order[~refused[order]].tolist()
     ]
     return Recovered(entries, bad, extents)
 
 
 class Catalog:
-    """An open catalog.
+    """An open catalog. `position` is where its checkpoint stands.
 
     Args:
         path: the environment's directory; made if missing.
@@ -155,7 +192,8 @@ class Catalog:
             self._check_size()
             self._meta = self._environment.open_db(b"meta")
             self._records = self._environment.open_db(b"records")
-            self._check_meta(_Meta(CATALOG_VERSION, uuid.hex()))
+            self._uuid = uuid.hex()
+            self.position = self._read_position()
             self._fill()
         except lmdb.Error as error:
             self._environment.close()
@@ -172,14 +210,17 @@ class Catalog:
         except lmdb.Error as error:
             raise _format_error(self._path, error) from error
 
-    def apply(self, operations: Iterable[Operation]) -> None:
-        """Do all operations, in order, in one transaction, and return when it is durable. Raises lmdb.Error."""
+    def apply(self, rows: Iterable[Row], position: Position) -> None:
+        """Move the checkpoint to `position` in one transaction; returns when it is durable. Raises lmdb.Error."""
+        meta = _Meta(CATALOG_VERSION, self._uuid, position.epoch, position.sequence)
         with self._environment.begin(db=self._records, write=True) as transaction:
-            for key, record in operations:
+            for key, record in rows:
                 if record is None:
                     transaction.delete(key)
                 else:
                     transaction.put(key, record)
+            transaction.put(_META_KEY, msgspec.json.encode(meta), db=self._meta)
+        self.position = position
         if self._used_bytes + FILL_BYTES_MIN > self._filled_bytes:
             self._fill()
 
@@ -219,20 +260,23 @@ class Catalog:
         if self.file_bytes < self._used_bytes:
             raise _format_error(self._path, f"the file has {self.file_bytes} of {self._used_bytes} bytes")
 
-    def _check_meta(self, expected: _Meta) -> None:
+    def _read_position(self) -> Position:
+        """Where the checkpoint stands; a new catalog starts at an epoch that no page of the journal has."""
         with self._environment.begin(write=True) as transaction:
-            found = transaction.get(b"volume", db=self._meta)
+            found = transaction.get(_META_KEY, db=self._meta)
             if found is None and not transaction.stat(self._records)["entries"]:
-                transaction.put(b"volume", msgspec.json.encode(expected), db=self._meta)
-                return
+                new = _Meta(CATALOG_VERSION, self._uuid, new_epoch())
+                transaction.put(_META_KEY, msgspec.json.encode(new), db=self._meta)
+                return Position(new.epoch)
         try:
             meta = msgspec.json.decode(found or b"", type=_Meta)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise _format_error(self._path, error) from error
-        if meta.version != expected.version:
-            raise _format_error(self._path, f"catalog format {meta.version}, this build reads {expected.version}")
-        if meta.uuid != expected.uuid:
+        if meta.version != CATALOG_VERSION:
+            raise _format_error(self._path, f"catalog format {meta.version}, this build reads {CATALOG_VERSION}")
+        if meta.uuid != self._uuid:
             raise _format_error(self._path, "it belongs to another volume")
+        return Position(meta.epoch, meta.sequence)
 
 
 def _format_error(path: Path, problem: object) -> VolumeFormatError:

@@ -174,15 +174,18 @@ class ParallelFile:
             target[:] = page[: len(target)]
         return [errors.get(index) for index in range(len(spans))]
 
-    def write(self, spans: Sequence[Span]) -> list[OSError | None]:
-        """Write every span's bytes; one error or None a span. Under O_DIRECT the last page is filled up with zeros."""
+    def write(self, spans: Sequence[Span], meanwhile: Callable[[], None] | None = None) -> list[OSError | None]:
+        """Write every span's bytes; one error or None a span. Under O_DIRECT the last page is filled up with zeros.
+
+        `meanwhile` runs on the calling thread while the others write.
+        """
         pieces: deque[_Piece] = deque()
         for index, span in enumerate(spans):
             tail = self._cut(pieces, index, span, whole_pages=False)
             if tail is not None:
                 page, source = tail
                 page[: len(source)] = source
-        errors = self._run(self._writers, pieces, self._write_piece)
+        errors = self._run(self._writers, pieces, self._write_piece, meanwhile)
         return [errors.get(index) for index in range(len(spans))]
 
     def sync(self) -> None:
@@ -222,9 +225,15 @@ class ParallelFile:
         return tail
 
     def _run(
-        self, executor: ThreadPoolExecutor, pieces: deque[_Piece], move: Callable[[_Piece], None]
+        self,
+        executor: ThreadPoolExecutor,
+        pieces: deque[_Piece],
+        move: Callable[[_Piece], None],
+        meanwhile: Callable[[], None] | None = None,
     ) -> dict[int, OSError]:
-        """Move all pieces, the calling thread lending a hand; answers the first error of each span that had one."""
+        """Move all pieces, the calling thread lending a hand after `meanwhile`; answers the first error of each span
+        that had one.
+        """
         errors: dict[int, OSError] = {}
 
         def work() -> None:
@@ -241,6 +250,8 @@ class ParallelFile:
 
         helpers = [executor.submit(work) for _ in range(min(self._threads, len(pieces)) - 1)]
         try:
+            if meanwhile is not None:
+                meanwhile()
             work()
         finally:
             # Also when this thread was interrupted: nothing may touch the caller's memory after the return.

@@ -10,13 +10,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
 from kvstore.errors import ConfigError
 from kvstore.keys import KEY_BYTES, ROOT
 from kvstore.outcome import Miss, PutStatus, Reason
-from kvstore.tier import IO_ALIGN, Entry, PutItem, ReadItem, Tier, Usage
+from kvstore.tier import IO_ALIGN, Entry, HandDown, PutItem, ReadItem, Removal, Tier, Usage
 from kvstore.tiers.arena import Arena
 from kvstore.tiers.index import ChunkEntry
 from kvstore.tiers.leases import DramLease, DramSlot, Holdings
@@ -26,6 +27,9 @@ _EXISTED = PutStatus(stored=True, existed=True)
 _STORED = PutStatus(stored=True)
 _ABSENT = Miss(Reason.ABSENT)
 _CLOSED = "the dram tier is closed"
+
+HANDED_DOWN_MAX = 10_000
+"""Chunks handed down for one put, at most: many threads may be after the same room, and a put ends."""
 
 
 class DramTier(Tier):
@@ -37,10 +41,16 @@ class DramTier(Tier):
         clock: seconds, monotonic; pins and leases expire by it.
         huge_pages: ask for huge pages; `arena.pages` says what was got.
         prefault: back the arena with memory at once, in a thread.
-        on_evict: called without the lock, in the evicting thread, with what a put or reserve evicted; must not raise.
+        pin_for_cuda: register the arena with CUDA, so that GPUs copy from it directly; `arena.pinned` says if it is.
+        numa_node: take the memory from that node and no other; a CXL expander is a node.
+        bandwidth_gb_per_second: what the owner of the machine says such memory delivers; 0 if unsaid.
+
+    Attributes:
+        hand_down: offered each chunk that is evicted while its bytes can still be read; set it before the first call.
 
     Raises:
-        ConfigError: the capacity is less than a page or more than the machine's memory.
+        ConfigError: the capacity is less than a page or more than the machine's memory, there is no such node, or the
+            bandwidth is negative.
         TierError: the system has no sealable shared memory.
     """
 
@@ -54,16 +64,23 @@ class DramTier(Tier):
         clock: Callable[[], float] = time.monotonic,
         huge_pages: bool = False,
         prefault: bool = False,
-        on_evict: Callable[[list[Entry]], None] | None = None,
+        pin_for_cuda: bool = False,
+        numa_node: int | None = None,
+        bandwidth_gb_per_second: float = 0.0,
     ) -> None:
         capacity_bytes -= capacity_bytes % IO_ALIGN
         if capacity_bytes < IO_ALIGN:
             raise ConfigError(f"dram capacity is less than a page; give at least {IO_ALIGN} bytes")
+        if not bandwidth_gb_per_second >= 0:
+            raise ConfigError(f"bandwidth_gb_per_second is {bandwidth_gb_per_second}; it must not be negative")
         self.name = name
         self.capacity_bytes = self.chunk_bytes_max = capacity_bytes
-        self.arena = Arena(capacity_bytes, huge_pages=huge_pages, prefault=prefault)
+        self.bandwidth_bytes_per_second = bandwidth_gb_per_second * 1e9
+        self.arena = Arena(capacity_bytes, huge_pages=huge_pages, prefault=prefault, numa_node=numa_node)
+        if pin_for_cuda:
+            self.arena.pin()
         self._clock = clock
-        self._on_evict = on_evict
+        self.hand_down: HandDown | None = None
         self._lock = threading.Lock()
         self._space = ChunkSpace(capacity_bytes)
         self._holdings = Holdings()
@@ -169,11 +186,10 @@ class DramTier(Tier):
         _check_key(key, parent)
         if nbytes < 1:
             raise ValueError(f"nbytes is {nbytes}; a chunk has at least one byte")
+        if self.hand_down is not None:
+            self._hand_down(self.hand_down, key, nbytes)
         with self._lock:
-            outcome, evicted = self._reserve(key, nbytes, parent, owner)
-        if evicted and self._on_evict is not None:
-            self._on_evict(evicted)
-        return outcome
+            return self._reserve(key, nbytes, parent, owner)
 
     def release_owner(self, owner: str) -> int:
         """End every lease and unfinished slot of an owner; answers how many."""
@@ -217,6 +233,28 @@ class DramTier(Tier):
                 self._counters["read_bytes"] += count
         return count
 
+    def _hand_down(self, hand_down: HandDown, key: bytes, nbytes: int) -> None:
+        """Evict one after the other, each handed down before its bytes are free, until there is room for a chunk.
+
+        Who comes in between may take the room; what `_reserve` then evicts is not handed down.
+        """
+        for _ in range(HANDED_DOWN_MAX):
+            with self._lock:
+                space = self._space
+                self._end_expired()
+                if self._closed or space.index.get(key) is not None or space.is_filling(key):
+                    return
+                entry = space.start_leaving(nbytes, self._clock())
+                if entry is None:
+                    return
+                self._count_evicted([Entry(entry.key, entry.parent, entry.nbytes)])
+                source = self.arena.view(entry.offset, entry.nbytes)
+            try:
+                hand_down(Entry(entry.key, entry.parent, entry.nbytes), partial(_copy_to, source=source))
+            finally:
+                with self._lock:
+                    space.stop_reading(entry)
+
     # From here on the lock is held, except where a method takes it.
 
     def _find(self, key: bytes) -> ChunkEntry | Miss:
@@ -234,26 +272,32 @@ class DramTier(Tier):
         if entry is None:
             return False
         self._space.remove(entry)
+        self.listener.removed([Entry(key, entry.parent, entry.nbytes)], Removal.DELETED)
         return True
 
-    def _reserve(self, key: bytes, nbytes: int, parent: bytes, owner: str) -> tuple[DramSlot | PutStatus, list[Entry]]:
+    def _reserve(self, key: bytes, nbytes: int, parent: bytes, owner: str) -> DramSlot | PutStatus:
         if self._closed:
-            return PutStatus(stored=False, reason=Reason.UNAVAILABLE, detail=_CLOSED), []
+            return PutStatus(stored=False, reason=Reason.UNAVAILABLE, detail=_CLOSED)
         if (entry := self._space.index.get(key)) is not None:
             self._space.index.use(entry)
-            return _EXISTED, []
+            return _EXISTED
         if self._space.is_filling(key):
-            return PutStatus(stored=False, reason=Reason.BUSY, detail="another writer is storing this chunk"), []
+            return PutStatus(stored=False, reason=Reason.BUSY, detail="another writer is storing this chunk")
         self._end_expired()
         place, evicted = self._space.reserve(key, nbytes, parent, self._clock())
         if isinstance(place, Reason):
             detail = f"chunk of {nbytes} bytes, dram tier of {self.capacity_bytes}"
-            return PutStatus(stored=False, reason=place, detail=detail), []
-        self._counters["evictions"] += len(evicted)
-        self._counters["evicted_bytes"] += sum(entry.nbytes for entry in evicted)
+            return PutStatus(stored=False, reason=place, detail=detail)
+        if evicted:
+            self._count_evicted(evicted)
         slot = DramSlot(place, self.arena.view(place.offset, self._space.padded(nbytes)), self._end_slot, owner)
         self._holdings.add(slot)
-        return slot, evicted
+        return slot
+
+    def _count_evicted(self, evicted: list[Entry]) -> None:
+        self._counters["evictions"] += len(evicted)
+        self._counters["evicted_bytes"] += sum(entry.nbytes for entry in evicted)
+        self.listener.removed(evicted, Removal.EVICTED)
 
     def _begin_lease(self, entry: ChunkEntry, owner: str, expires_at: float | None) -> DramLease:
         self._space.index.start_reading(entry)
@@ -301,7 +345,14 @@ class DramTier(Tier):
                 return None
             self._space.publish(slot.entry, nbytes)
             self._counters["written_bytes"] += nbytes
-            return self._begin_lease(slot.entry, slot.owner, None)
+            lease = self._begin_lease(slot.entry, slot.owner, None)
+            self.listener.stored(Entry(slot.entry.key, slot.entry.parent, nbytes), lease.view)
+            return lease
+
+
+def _copy_to(target: memoryview, *, source: memoryview) -> int:
+    np.copyto(np.frombuffer(target, dtype=np.uint8), np.frombuffer(source, dtype=np.uint8))
+    return len(source)
 
 
 def _check_key(key: bytes, parent: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Checks a volume that nobody has open: superblock, catalog, every record, every container's bytes.
+"""Checks a volume that nobody has open: superblock, journal, catalog, every record, every container's bytes.
 
 What is found is a list of problems; nothing here raises because of what the files hold. `repair` drops the entries
 that are bad. It never changes a chunk, and never invents one: what the catalog does not name is free space.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from io import RawIOBase
 from pathlib import Path
 from typing import Literal
 
@@ -16,9 +15,9 @@ import msgspec
 
 from kvstore import container
 from kvstore.errors import ContainerError, TierError, VolumeFormatError
-from kvstore.tier import IO_ALIGN
-from kvstore.tiers.catalog import CATALOG_FILE, Catalog, recover
+from kvstore.tiers.catalog import CATALOG_FILE, Catalog, Position, new_epoch, recover
 from kvstore.tiers.index import ChunkEntry
+from kvstore.tiers.recovery import overlay, read_chunk, replay_journal
 from kvstore.tiers.volume import CATALOG_NAME, VOLUME_NAME, Superblock, VolumeLock, entries_max, read_superblock
 
 PROBLEMS_MAX = 1000
@@ -28,14 +27,16 @@ PROBLEMS_MAX = 1000
 class Problem(msgspec.Struct, frozen=True):
     """One thing that is wrong, in one line for a person; `key` in hex if it is about one entry."""
 
-    part: Literal["superblock", "catalog", "record", "chunk", "space"]
+    part: Literal["superblock", "journal", "catalog", "record", "chunk", "space"]
     detail: str
     key: str = ""
     repaired: bool = False
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """What a check found. `used_bytes + free_bytes + leaked_bytes` is `capacity_bytes` less the superblock."""
+    """What a check found. `used_bytes + free_bytes + leaked_bytes` is `capacity_bytes` less superblock and
+    journal.
+    """
 
     path: str
     deep: bool
@@ -45,6 +46,7 @@ class Report(msgspec.Struct, kw_only=True):
     leaked_bytes: int = 0
     entries: int = 0
     verified_bytes: int = 0
+    journal_pages: int = 0
     problem_count: int = 0
     repaired_count: int = 0
     problems: list[Problem] = []
@@ -84,8 +86,8 @@ def check(path: str | os.PathLike[str], *, deep: bool = True, repair: bool = Fal
         path: the tier's directory.
         deep: also read every chunk and verify its container: header, key and the hash of every segment.
         repair: drop bad entries, cut what an interrupted growth left behind, replace an unusable catalog by an empty
-        one.
-            A damaged superblock cannot be repaired.
+            one, and where the journal is damaged keep what verifies (so it implies `deep` there). A damaged superblock
+            cannot be repaired.
 
     Raises:
         VolumeBusyError: the volume is in use.
@@ -119,10 +121,10 @@ def _check_length(report: Report, volume_path: Path, superblock: Superblock, rep
 
 
 def _check_catalog(report: Report, directory: Path, superblock: Superblock, deep: bool, repair: bool) -> None:
-    """Check the catalog and all it names. A volume without a catalog was never used: all of it is free."""
+    """Check catalog and journal and all they name. A volume without a catalog was never used: all of it is free."""
     path = directory / CATALOG_NAME
     if not (path / CATALOG_FILE).exists():
-        report.free_bytes = superblock.size_bytes - IO_ALIGN
+        report.free_bytes = superblock.data_bytes
         return
     try:
         catalog = Catalog(path, superblock.uuid, entries_max(superblock.size_bytes))
@@ -133,62 +135,54 @@ def _check_catalog(report: Report, directory: Path, superblock: Superblock, deep
         (path / CATALOG_FILE).unlink()
         catalog = Catalog(path, superblock.uuid, entries_max(superblock.size_bytes))
     try:
-        _check_records(report, directory, catalog, deep, repair)
+        _check_records(report, directory, superblock, catalog, deep, repair)
     except VolumeFormatError as error:
         report.add(Problem("catalog", str(error)))
     finally:
         catalog.close()
 
 
-def _check_records(report: Report, directory: Path, catalog: Catalog, deep: bool, repair: bool) -> None:
+def _check_records(
+    report: Report, directory: Path, superblock: Superblock, catalog: Catalog, deep: bool, repair: bool
+) -> None:
     """Check every record, and with `deep` every chunk; account for every byte."""
-    found = recover(catalog.rows(), report.capacity_bytes)
+    replayed = replay_journal(directory / VOLUME_NAME, superblock, catalog.position)
+    report.journal_pages = replayed.pages
+    if replayed.damage:
+        report.add(Problem("journal", replayed.damage, repaired=repair))
+    found = recover(overlay(catalog.rows(), replayed.rows), superblock.data_bytes)
     drop = [record.key for record in found.bad]
     for record in found.bad:
         report.add(Problem("record", record.problem, record.key.hex(), repaired=repair))
     entries = {entry.key: entry for entry in found.entries}
-    if deep:
-        for entry, problem in _bad_chunks(report, directory / VOLUME_NAME, found.entries):
+    if deep or (repair and replayed.damage):
+        for entry, problem in _bad_chunks(report, directory / VOLUME_NAME, superblock, found.entries):
             report.add(Problem("chunk", problem, entry.key.hex(), repaired=repair))
             drop.append(entry.key)
             if repair:
                 del entries[entry.key]
                 found.extents.free(entry.offset, entry.nbytes)
-    if repair and drop:
-        catalog.apply([(key, None) for key in drop])
+    if repair and (drop or replayed.damage):
+        catalog.apply([*replayed.rows.items(), *((key, None) for key in drop)], Position(new_epoch()))
     report.entries = len(entries)
     report.used_bytes = sum(found.extents.padded(entry.nbytes) for entry in entries.values())
     report.free_bytes = sum(length for _, length in found.extents.free_runs())
-    report.leaked_bytes = report.capacity_bytes - IO_ALIGN - report.used_bytes - report.free_bytes
+    report.leaked_bytes = superblock.data_bytes - report.used_bytes - report.free_bytes
     if report.leaked_bytes:
         report.add(Problem("space", f"{report.leaked_bytes} bytes are neither free nor in a chunk"))
 
 
-def _bad_chunks(report: Report, volume_path: Path, entries: Iterable[ChunkEntry]) -> list[tuple[ChunkEntry, str]]:
+def _bad_chunks(
+    report: Report, volume_path: Path, superblock: Superblock, entries: Iterable[ChunkEntry]
+) -> list[tuple[ChunkEntry, str]]:
     """The chunks whose containers do not verify, and why. Reads in the order in which they lie on the disk."""
     bad = []
-    buffer = bytearray()
     with volume_path.open("rb", buffering=0) as volume:
         for entry in sorted(entries, key=lambda entry: entry.offset):
-            if len(buffer) < entry.nbytes:
-                buffer = bytearray(entry.nbytes)
-            view = memoryview(buffer)[: entry.nbytes]
             try:
-                volume.seek(entry.offset + IO_ALIGN)
-                container.verify(view[: _read_all(volume, view)], key=entry.key)
+                container.verify(read_chunk(volume, superblock, entry.offset, entry.nbytes), key=entry.key)
             except (ContainerError, OSError) as error:
                 bad.append((entry, str(error)))
             else:
                 report.verified_bytes += entry.nbytes
     return bad
-
-
-def _read_all(file: RawIOBase, view: memoryview) -> int:
-    """Fill `view` from the file; answers how many bytes there were."""
-    done = 0
-    while done < len(view):
-        got = file.readinto(view[done:])
-        if not got:
-            break
-        done += got
-    return done

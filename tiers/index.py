@@ -1,11 +1,13 @@
 """What a tier holds, in memory: every chunk's place, the order of use, pins and readers.
 
-No I/O and no locks: the owner serialises calls. A chunk that is pinned or being read is protected from eviction.
+No I/O and no locks: the owner serialises calls. A chunk that is pinned or being read is protected from eviction, and so
+is every chunk before it in its chain: a chunk is of no use without those before it, so no parent leaves before its
+children.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 
 import msgspec
@@ -30,6 +32,7 @@ class ChunkIndex:
 
     def __init__(self, entries: Iterable[ChunkEntry] = ()) -> None:
         self._entries = OrderedDict((entry.key, entry) for entry in entries)
+        self._children = Counter(entry.parent for entry in self._entries.values())
         self._access = max((entry.access for entry in self._entries.values()), default=0)
         self._pinned: dict[bytes, ChunkEntry] = {}
         self._reading: dict[bytes, ChunkEntry] = {}
@@ -55,10 +58,14 @@ class ChunkIndex:
         """Add a chunk as the most recently used. Its key must not be there."""
         assert entry.key not in self._entries, "a chunk is added once"
         self._entries[entry.key] = entry
+        self._children[entry.parent] += 1
 
     def remove(self, entry: ChunkEntry) -> None:
         """Forget a chunk; its readers, if any, go on holding the entry."""
         del self._entries[entry.key]
+        self._children[entry.parent] -= 1
+        if not self._children[entry.parent]:
+            del self._children[entry.parent]
         self._pinned.pop(entry.key, None)
         self._reading.pop(entry.key, None)
         self.dirty.pop(entry.key, None)
@@ -97,7 +104,34 @@ class ChunkIndex:
             self.unpin(entry, now)
         return list({**self._pinned, **self._reading}.values())
 
+    def kept(self, now: float) -> list[ChunkEntry]:
+        """Every chunk that eviction has to leave: the protected ones, and those before them in their chains."""
+        kept = {entry.key: entry for entry in self.protected(now)}
+        for entry in list(kept.values()):
+            parent = self._entries.get(entry.parent)
+            while parent is not None and parent.key not in kept:
+                kept[parent.key] = parent
+                parent = self._entries.get(parent.parent)
+        return list(kept.values())
+
     def oldest(self, now: float) -> Iterator[ChunkEntry]:
-        """Chunks that may be evicted, least recently used first. Remove none of them before the iteration has ended."""
-        protected = {entry.key for entry in self.protected(now)}
-        return (entry for entry in self._entries.values() if entry.key not in protected)
+        """Chunks in the order in which to evict them: always the least recently used that has no child left.
+
+        Remove none of them before the iteration has ended.
+        """
+        kept = {entry.key for entry in self.kept(now)}
+        left: dict[bytes, int] = {}
+        waiting: dict[bytes, ChunkEntry] = {}
+        for entry in self._entries.values():
+            if entry.key in kept:
+                continue
+            if left.setdefault(entry.key, self._children[entry.key]):
+                waiting[entry.key] = entry
+                continue
+            leaving: ChunkEntry | None = entry
+            while leaving is not None:
+                yield leaving
+                parent = leaving.parent
+                left[parent] = left.get(parent, self._children[parent]) - 1
+                leaving = None if left[parent] else waiting.pop(parent, None)
+        yield from waiting.values()  # only what is its own ancestor, which keys of a chain cannot be

@@ -1,23 +1,28 @@
-"""The nvme tier: chunks in a preallocated volume file, found through a durable catalog.
+"""The nvme tier: chunks in a preallocated volume file, found through a durable journal and catalog.
 
 What must hold at every instant, and after `kill -9` or power loss at any instant:
 
-    A record of the catalog never points at bytes that were not written for it.
+    A record that is believed never points at bytes that were not written for it.
 
-A chunk's life, in the order that makes it so. `bytes` are the volume's, `record` the catalog's:
+A chunk's life, in the order that makes it so. `bytes` and `record` go to the same file, the record to its journal:
 
     put     1  reserve an extent (evicting if need be), in memory only
             2  wait until no durable record names any part of that extent any more
-            3  write the bytes, many pieces at once
-            4  queue the record; the commit thread syncs the volume, then commits all queued records in one transaction
+            3  write the bytes, many pieces at once, and hash them meanwhile
+            4  queue the record; the commit thread writes all queued records and flushes the volume once
             5  the chunk enters the index and the put is answered `durable`
     evict,  1  the chunk leaves the index; if it is being read (delete only), the last reader frees its extent
-    delete  2  the deletion of its record is queued; the extent can be reserved at once, but is *unsettled* until that
-               has committed: whoever reserves a part of it waits in step 2 of put
+    delete  2  the record of its deletion is queued; the extent can be reserved at once, but is *unsettled* until that
+               has been flushed: whoever reserves a part of it waits in step 2 of put
+
+One flush makes bytes and records durable together, so after a crash a record may be there without all of its bytes.
+Recovery therefore believes a record only if a later page of the journal says that it had been flushed, or if the bytes
+have the checksum that the record names. From time to time what the journal has said is applied to the catalog, and its
+pages are used again (`kvstore.tiers.journal`, `kvstore.tiers.groupcommit`).
 
 Queueing happens under the tier's lock, at the moment the index changes, so records are committed in the order in
-which the index changed. At start the allocator is derived from the catalog alone: what no record names is free, so
-nothing leaks. Bytes of a put that did not reach step 4 are never named by anything.
+which the index changed. At start the allocator is derived from catalog and journal alone: what no record names is
+free, so nothing leaks. Bytes of a put that did not reach step 4 are never named by anything.
 
 An extent whose device fails (EIO) is quarantined: its chunk is dropped and the extent is not used again while the
 tier is open. A commit that fails makes the tier read-only until it is reopened, since nobody can know what has become
@@ -43,7 +48,7 @@ import msgspec
 from kvstore.errors import TierError
 from kvstore.keys import KEY_BYTES
 from kvstore.outcome import Miss, PutStatus, Reason
-from kvstore.tier import IO_ALIGN, Entry, PutItem, ReadItem, Tier, Usage
+from kvstore.tier import IO_ALIGN, Entry, PutItem, ReadItem, Removal, Tier, TierListener, Usage
 from kvstore.tiers.directio import PIECE_BYTES_DEFAULT, THREADS_DEFAULT, Io, Span
 from kvstore.tiers.index import ChunkEntry
 from kvstore.tiers.nvme_put import PutPath
@@ -62,15 +67,14 @@ class NvmeTier(Tier):
 
     Args:
         path: directory of the volume; made if missing, owned by one tier at a time.
-        capacity_bytes: hard bound of the volume file, superblock included; rounded down to IO_ALIGN. A larger value
-            than last time grows the volume. The catalog's file comes on top; `info()` says how large it is and may
-            become.
+        capacity_bytes: hard bound of the volume file, superblock and journal included; rounded down to IO_ALIGN. A
+            larger value than last time grows the volume. The catalog's file comes on top; `info()` says how large it
+            is and may become.
         io_threads: transfers in flight at once, in each direction.
         piece_bytes: size of one transfer.
         direct_io: False never bypasses the page cache.
         evict_ahead_bytes: room kept free by evicting together with a commit that happens anyway, so that the next put
-        need
-            not wait for a deletion to become durable. None: a 64th of a capacity of at least 1 GiB, else nothing.
+            need not wait for a deletion to become durable. None: a 64th of a capacity of at least 1 GiB, else nothing.
         clock: seconds that pins expire by.
         io: the system calls.
 
@@ -105,9 +109,9 @@ class NvmeTier(Tier):
         )
         self.name = name
         self.capacity_bytes = options.capacity_bytes
-        self.chunk_bytes_max = options.capacity_bytes - IO_ALIGN
         self._clock = clock
         self._volume = OpenVolume(Path(path), options, io)
+        self.chunk_bytes_max = self._volume.data_bytes
         if evict_ahead_bytes is None:
             ahead = capacity_bytes >= EVICT_AHEAD_CAPACITY_MIN
             evict_ahead_bytes = capacity_bytes // EVICT_AHEAD_FRACTION if ahead else 0
@@ -116,6 +120,15 @@ class NvmeTier(Tier):
         self._calls = 0
         self._closed = False
         _open_tiers.add(self)
+
+    @property
+    def listener(self) -> TierListener:
+        """Told of every chunk that enters or leaves."""
+        return self._volume.listener
+
+    @listener.setter
+    def listener(self, listener: TierListener) -> None:
+        self._volume.listener = listener
 
     def put(self, items: Sequence[PutItem]) -> list[PutStatus]:
         """Store chunks; returns when they are durable. See `Tier.put`."""
@@ -176,6 +189,7 @@ class NvmeTier(Tier):
                 _log.warning("%s: dropping chunk %s: %s", volume.path, entry.key.hex()[:12], error)
                 ticket = volume.ticket()
                 volume.space.remove(entry, ticket, quarantine=True)
+                volume.tell_removed([entry], Removal.QUARANTINED)
                 volume.quarantine(entry)
                 volume.committer.submit(ticket)
         volume.space.stop_reading(entry)
@@ -210,6 +224,7 @@ class NvmeTier(Tier):
                     found.append(entry is not None)
                     if entry is not None:
                         volume.space.remove(entry, ticket)
+                        volume.tell_removed([entry], Removal.DELETED)
                 volume.counts["deletions"] += sum(found)
                 if ticket.operations:
                     volume.committer.submit(ticket)
@@ -250,7 +265,8 @@ class NvmeTier(Tier):
     def counters(self) -> dict[str, int]:
         """Monotonic counts since start."""
         with self._volume.lock:
-            return {**self._volume.counts, "commits": self._volume.committer.groups}
+            committer = self._volume.committer
+            return {**self._volume.counts, "commits": committer.groups, "checkpoints": committer.checkpoints}
 
     def info(self) -> dict[str, Any]:
         """What the tier is and how it works here; JSON types only."""
@@ -261,6 +277,7 @@ class NvmeTier(Tier):
             "direct_io": volume.file.direct,
             "read_only": volume.broken,
             "entries_max": volume.entries_max,
+            "journal_bytes": volume.journal_bytes,
             "catalog_bytes": volume.catalog.file_bytes,
             "catalog_bytes_max": volume.catalog.bytes_max,
         }
@@ -282,8 +299,7 @@ class NvmeTier(Tier):
 
         Raises:
             TierError: the last flush failed; or calls are still in progress after CLOSE_WAIT_SECONDS, and nothing has
-            been
-                released.
+                been released.
         """
         with self._volume.lock:
             if self._closed:

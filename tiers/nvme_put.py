@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from kvstore.outcome import PutStatus, Reason
-from kvstore.tier import PutItem
-from kvstore.tiers.catalog import pack_record
+from kvstore.tier import Entry, PutItem
+from kvstore.tiers.catalog import Operation, pack_record
 from kvstore.tiers.directio import Span
+from kvstore.tiers.evidence import Evidence, evidence_of
 from kvstore.tiers.groupcommit import Ticket
 from kvstore.tiers.index import ChunkEntry
-from kvstore.tiers.open_volume import ACCESSES_PER_COMMIT, COMMIT_WAIT_SECONDS, OpenVolume
+from kvstore.tiers.open_volume import COMMIT_WAIT_SECONDS, OpenVolume
 from kvstore.tiers.volume_space import Reservation
 
 
@@ -24,6 +25,7 @@ class _Filling(msgspec.Struct, eq=False):
     reservation: Reservation
     data: memoryview
     done: threading.Event
+    evidence: Evidence = Evidence()
     status: PutStatus | None = None
 
     @property
@@ -112,7 +114,7 @@ class PutPath:
         try:
             ready = [filling for filling in fillings if self._wait_settled(filling)]
             spans = [Span(filling.data, volume.position(filling.entry), filling.entry.nbytes) for filling in ready]
-            errors = volume.file.write(spans)
+            errors = volume.file.write(spans, meanwhile=lambda: _take_evidence(ready))
         except BaseException:
             with volume.lock:
                 for filling in fillings:
@@ -150,7 +152,7 @@ class PutPath:
         self._finish(filling, _refused(Reason.IO_ERROR, detail))
 
     def _queue_records(self, fillings: list[_Filling]) -> None:
-        """Queue the records of written chunks, under the lock; evictions ahead and access numbers ride along."""
+        """Queue the records of written chunks, under the lock; evictions ahead ride along."""
         volume = self._volume
 
         def settled(ticket: Ticket, error: Exception | None) -> None:
@@ -159,10 +161,11 @@ class PutPath:
                 for filling in fillings:
                     self._settle(filling, error)
 
-        ticket = Ticket(sync=True, settled=settled)
-        volume.add_accesses(ticket, ACCESSES_PER_COMMIT)
+        ticket = Ticket(settled=settled)
         volume.count_evictions(volume.space.evict_ahead(self._evict_ahead_bytes, self._clock(), ticket))
-        ticket.operations += [(filling.entry.key, pack_record(filling.entry)) for filling in fillings]
+        ticket.operations += [
+            Operation(filling.entry.key, pack_record(filling.entry), filling.evidence) for filling in fillings
+        ]
         volume.committer.submit(ticket)
 
     def _settle(self, filling: _Filling, error: Exception | None) -> None:
@@ -171,7 +174,9 @@ class PutPath:
         if error is not None:  # the record may be durable or not, so the extent stays taken
             self._give_up(filling, f"commit failed: {error}", quarantine=True)
             return
-        volume.space.publish(filling.entry)
+        entry = filling.entry
+        volume.space.publish(entry)
+        volume.listener.stored(Entry(entry.key, entry.parent, entry.nbytes), filling.data)
         volume.counts["puts"] += 1
         volume.counts["written_bytes"] += filling.entry.nbytes
         self._finish(filling, PutStatus(stored=True, durable=True))
@@ -180,6 +185,11 @@ class PutPath:
         del self._filling[filling.entry.key]
         filling.status = status
         filling.done.set()
+
+
+def _take_evidence(fillings: list[_Filling]) -> None:
+    for filling in fillings:
+        filling.evidence = evidence_of(filling.data)
 
 
 def _refused(reason: Reason, detail: str) -> PutStatus:

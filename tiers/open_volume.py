@@ -1,4 +1,4 @@
-"""Everything an nvme tier has open: lock, volume file, catalog, commit thread; and the state they share."""
+"""Everything an nvme tier has open: lock, volume file, journal, catalog, threads; and the state they share."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from pathlib import Path
 
 import msgspec
 
-from kvstore.errors import TierError
-from kvstore.tier import IO_ALIGN
-from kvstore.tiers.catalog import Catalog, pack_record, recover
+from kvstore.errors import TierError, VolumeFormatError
+from kvstore.tier import IO_ALIGN, NOBODY, Entry, Removal, TierListener
+from kvstore.tiers.catalog import Catalog, Position, Row, new_epoch, pack_record, recover
 from kvstore.tiers.directio import PIECE_BYTES_DEFAULT, THREADS_DEFAULT, Io, ParallelFile, PosixIo, probe_direct
 from kvstore.tiers.groupcommit import GroupCommitter, Ticket
 from kvstore.tiers.index import ChunkEntry
+from kvstore.tiers.journal import Journal
+from kvstore.tiers.recovery import replay_journal
 from kvstore.tiers.volume import (
     CAPACITY_BYTES_MIN,
     CATALOG_NAME,
     VOLUME_NAME,
+    Superblock,
     VolumeLock,
     entries_max,
     prepare_directory,
@@ -30,8 +33,8 @@ _log = logging.getLogger(__name__)
 
 COMMIT_WAIT_SECONDS = 60.0
 """How long a call waits for a commit; one takes milliseconds unless the device is in trouble."""
-ACCESSES_PER_COMMIT = 256
-"""How many changed access numbers ride along with a commit that happens anyway."""
+ACCESSES_PER_CHECKPOINT = 4096
+"""How many changed access numbers ride along with a checkpoint that happens anyway."""
 
 
 class VolumeOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +63,7 @@ class OpenVolume:
         self.capacity_bytes = options.capacity_bytes
         self.entries_max = entries_max(options.capacity_bytes)
         self.lock = threading.Lock()
+        self.listener: TierListener = NOBODY
         self.counts = dict.fromkeys(
             ("puts", "deletions", "evictions", "evicted_bytes", "read_bytes", "written_bytes", "io_errors"), 0
         )
@@ -74,19 +78,40 @@ class OpenVolume:
     def _open(self, options: VolumeOptions, io: Io) -> None:
         superblock = prepare_volume(self.path, self.capacity_bytes, io)
         self.uuid = superblock.uuid.hex()
+        self.data_start = superblock.data_start
+        self.data_bytes = superblock.data_bytes
         self.catalog = Catalog(self.path / CATALOG_NAME, superblock.uuid, self.entries_max)
         try:
-            found = recover(self.catalog.rows(), self.capacity_bytes)
-            if found.bad:
-                _log.warning("%s: dropping %d bad records, first: %s", self.path, len(found.bad), found.bad[0].problem)
-                self.catalog.apply([(record.key, None) for record in found.bad])
-            self.counts |= {"records_dropped": len(found.bad), "quarantined_bytes": 0}
-            self.space = VolumeSpace(found.extents, found.entries, self.entries_max)
+            epoch = self._recover(superblock)
             self.file = self._open_file(options, io)
         except BaseException:
             self.catalog.close()
             raise
-        self.committer = GroupCommitter(self.file.sync, self.catalog.apply)
+        self.journal_bytes = superblock.data_start - IO_ALIGN
+        journal = Journal(self.file, superblock.uuid, epoch, 1, superblock.journal_pages)
+        self.committer = GroupCommitter(journal, self.file.sync, self.catalog.apply, self.ride_along)
+
+    def _recover(self, superblock: Superblock) -> int:
+        """Read catalog and journal into `space` and begin a new epoch, whose number is the answer."""
+        volume_path = self.path / VOLUME_NAME
+        replayed = replay_journal(volume_path, superblock, self.catalog.position)
+        if replayed.damage:
+            raise VolumeFormatError(
+                f"{volume_path} is damaged: {replayed.damage}; `kvstore fsck --repair {self.path}` verifies every chunk"
+            )
+        epoch = new_epoch()
+        self.catalog.apply(replayed.rows.items(), Position(epoch))
+        found = recover(self.catalog.rows(), superblock.data_bytes)
+        if found.bad:
+            _log.warning("%s: dropping %d bad records, first: %s", self.path, len(found.bad), found.bad[0].problem)
+            self.catalog.apply([(record.key, None) for record in found.bad], Position(epoch))
+        self.counts |= {
+            "records_dropped": len(found.bad),
+            "journal_pages_replayed": replayed.pages,
+            "quarantined_bytes": 0,
+        }
+        self.space = VolumeSpace(found.extents, found.entries, self.entries_max)
+        return epoch
 
     def _open_file(self, options: VolumeOptions, io: Io) -> ParallelFile:
         path = str(self.path / VOLUME_NAME)
@@ -113,10 +138,9 @@ class OpenVolume:
         failure = self.committer.failure
         return f"a commit failed earlier, reopen the tier: {failure}" if failure else ""
 
-    @staticmethod
-    def position(entry: ChunkEntry) -> int:
+    def position(self, entry: ChunkEntry) -> int:
         """Where a chunk begins in the volume file."""
-        return entry.offset + IO_ALIGN
+        return entry.offset + self.data_start
 
     def ticket(self) -> Ticket:
         """A ticket for deletions; extents are settled when it commits."""
@@ -136,19 +160,32 @@ class OpenVolume:
         """Count evicted chunks, under the lock."""
         self.counts["evictions"] += len(victims)
         self.counts["evicted_bytes"] += sum(entry.nbytes for entry in victims)
+        if victims:
+            self.tell_removed(victims, Removal.EVICTED)
 
-    def add_accesses(self, ticket: Ticket, limit: int) -> None:
-        """Add changed access numbers of up to `limit` chunks to a ticket, under the lock."""
+    def tell_removed(self, entries: list[ChunkEntry], removal: Removal) -> None:
+        """Tell the listener of chunks that have left the index, under the lock."""
+        self.listener.removed([Entry(entry.key, entry.parent, entry.nbytes) for entry in entries], removal)
+
+    def take_accesses(self, limit: int | None = None) -> list[Row]:
+        """Records of chunks whose access number has changed since this was last asked, up to `limit`; under the lock.
+
+        They must be queued, or go into a checkpoint, before the lock is released or before anything queued later does:
+        a record that overtook the deletion of its chunk would bring it back.
+        """
         dirty = self.space.index.dirty
-        for _ in range(min(limit, len(dirty))):
-            _, entry = dirty.popitem()
-            ticket.operations.append((entry.key, pack_record(entry)))
+        taken = [dirty.popitem()[1] for _ in range(len(dirty) if limit is None else min(limit, len(dirty)))]
+        return [(entry.key, pack_record(entry)) for entry in taken]
+
+    def ride_along(self) -> list[Row]:
+        """Some access numbers for a checkpoint that happens anyway; called by the thread that commits deletions."""
+        with self.lock:
+            return self.take_accesses(ACCESSES_PER_CHECKPOINT)
 
     def flush(self) -> None:
-        """Make everything queued and the whole order of use durable. Raises TierError if that fails."""
-        ticket = Ticket()
+        """Move the catalog's checkpoint to now, with the whole order of use. Raises TierError if that fails."""
         with self.lock:
-            self.add_accesses(ticket, len(self.space.index.dirty))
+            ticket = Ticket(rows=self.take_accesses())
             self.committer.submit(ticket)
         if not ticket.done.wait(COMMIT_WAIT_SECONDS) or ticket.error is not None:
             raise TierError(f"the catalog of {self.path} cannot be written: {ticket.error or 'no answer'}")

@@ -19,6 +19,7 @@ GROUP = "kvstore.tiers"
 
 _OWN = {
     "dram": "kvstore.tiers.dram:DramTier",
+    "hbm": "kvstore.tiers.hbm:HbmTier",
     "nvme": "kvstore.tiers.nvme:NvmeTier",
 }
 

@@ -52,6 +52,19 @@ class ChunkSpace:
         self._filling[key] = entry
         return entry, evicted
 
+    def start_leaving(self, nbytes: int, now: float) -> ChunkEntry | None:
+        """The chunk that leaves next so that there is room for `nbytes`; None if there is, or cannot be.
+
+        It is not found any more, and keeps its bytes until `stop_reading`.
+        """
+        run_bytes = self.padded(nbytes)
+        if self._extents.largest_free_bytes >= run_bytes or self._longest_run_bytes(now) < run_bytes:
+            return None
+        entry = next(iter(self.index.oldest(now)))
+        self.index.start_reading(entry)
+        self.remove(entry)
+        return entry
+
     def publish(self, entry: ChunkEntry, nbytes: int) -> None:
         """Index a chunk that has been filled with `nbytes`, at most what was reserved; the rest becomes free."""
         del self._filling[entry.key]
@@ -87,19 +100,19 @@ class ChunkSpace:
             capacity_bytes=self._extents.capacity_bytes,
             used_bytes=self._extents.used_bytes,
             entries=len(self.index),
-            pinned_bytes=sum(self.padded(entry.nbytes) for entry in self._fixed(now)),
+            pinned_bytes=sum(self.padded(entry.nbytes) for entry in self._fixed(self.index.protected(now))),
         )
 
-    def _fixed(self, now: float) -> Iterator[ChunkEntry]:
-        """Every extent that cannot be freed now."""
-        yield from self.index.protected(now)
+    def _fixed(self, indexed: list[ChunkEntry]) -> Iterator[ChunkEntry]:
+        """Every extent that cannot be freed now, given those of the index."""
+        yield from indexed
         yield from self._filling.values()
         yield from self._orphans.values()
 
     def _longest_run_bytes(self, now: float) -> int:
         """The longest run that evicting everything evictable would leave."""
         end = longest = 0
-        for offset, nbytes in sorted((entry.offset, entry.nbytes) for entry in self._fixed(now)):
+        for offset, nbytes in sorted((entry.offset, entry.nbytes) for entry in self._fixed(self.index.kept(now))):
             longest = max(longest, offset - end)
             end = offset + self.padded(nbytes)
         return max(longest, self._extents.capacity_bytes - end)

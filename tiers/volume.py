@@ -1,12 +1,12 @@
 """The volume: a directory that one process owns, and in it a preallocated file that starts with a superblock.
 
     PATH/lock         flock'ed by the owner for as long as it is open; holds the owner's process id as text
-    PATH/volume-000   superblock page, then extents
+    PATH/volume-000   superblock page, journal (kvstore.tiers.journal), then extents
     PATH/catalog/     the LMDB environment (kvstore.tiers.catalog)
 
 Superblock, little-endian, at the start of the file's first page, the rest of which is zero: magic "KVVOLUME", format
-version u32, page size u32, uuid 16 bytes, volume number u16, 6 reserved zero bytes, size of the file u64, XXH3-64 of
-all before it.
+version u32, page size u32, uuid 16 bytes, volume number u16, 2 reserved zero bytes, pages of the journal u32, size of
+the file u64, XXH3-64 of all before it.
 
 A volume is created under another name and renamed when it is whole. It grows by being allocated first and described
 after, so that a crash between leaves a file longer than its superblock says, which the next start cuts.
@@ -29,13 +29,16 @@ from kvstore.tier import IO_ALIGN
 from kvstore.tiers.directio import Io
 
 MAGIC = b"KVVOLUME"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 VOLUME_NAME = "volume-000"
 CATALOG_NAME = "catalog"
 CAPACITY_BYTES_MIN = 16 * IO_ALIGN
 ENTRY_BYTES_MIN = 16384
+JOURNAL_PAGES_MIN = 4
+JOURNAL_PAGES_MAX = 1024
+JOURNAL_FRACTION = 64
 
-_FIELDS = struct.Struct("<8sII16sH6sQ")
+_FIELDS = struct.Struct("<8sII16sH2sIQ")
 _HASH = struct.Struct("<Q")
 
 
@@ -44,11 +47,24 @@ class Superblock(msgspec.Struct, frozen=True):
 
     uuid: bytes
     size_bytes: int
+    journal_pages: int
     volume: int = 0
+
+    @property
+    def data_start(self) -> int:
+        """Where in the file the first extent may begin: behind this page and the journal."""
+        return (1 + self.journal_pages) * IO_ALIGN
+
+    @property
+    def data_bytes(self) -> int:
+        """Room for extents."""
+        return self.size_bytes - self.data_start
 
     def pack(self) -> bytes:
         """One page of bytes."""
-        body = _FIELDS.pack(MAGIC, FORMAT_VERSION, IO_ALIGN, self.uuid, self.volume, bytes(6), self.size_bytes)
+        body = _FIELDS.pack(
+            MAGIC, FORMAT_VERSION, IO_ALIGN, self.uuid, self.volume, bytes(2), self.journal_pages, self.size_bytes
+        )
         return (body + _HASH.pack(kernels.xxh3(body))).ljust(IO_ALIGN, b"\0")
 
     @classmethod
@@ -58,17 +74,24 @@ class Superblock(msgspec.Struct, frozen=True):
         if len(page) < IO_ALIGN or not page.startswith(MAGIC):
             raise VolumeFormatError(f"{path} is not a kvstore volume; {remedy}")
         body = page[: _FIELDS.size]
-        _, version, page_bytes, identity, volume, reserved, size_bytes = _FIELDS.unpack(body)
+        _, version, page_bytes, identity, volume, reserved, pages, size_bytes = _FIELDS.unpack(body)
         if version != FORMAT_VERSION:
             raise VolumeFormatError(
-                f"{path} has volume format {version}, this build reads {FORMAT_VERSION}; use a newer build, or {remedy}"
+                f"{path} has volume format {version}, this build reads {FORMAT_VERSION}; use the build that wrote it, "
+                f"or {remedy}"
             )
         if _HASH.unpack_from(page, _FIELDS.size)[0] != kernels.xxh3(body):
             raise VolumeFormatError(f"the superblock of {path} is damaged (checksum); {remedy}")
         sound = size_bytes >= CAPACITY_BYTES_MIN and size_bytes % IO_ALIGN == 0
+        sound &= 0 < pages < size_bytes // IO_ALIGN - 1
         if not sound or page_bytes != IO_ALIGN or volume or any(reserved):
             raise VolumeFormatError(f"the superblock of {path} contradicts itself; {remedy}")
-        return cls(identity, size_bytes, volume)
+        return cls(identity, size_bytes, pages, volume)
+
+
+def journal_pages(capacity_bytes: int) -> int:
+    """How many pages the journal of a new volume of this size has: a 64th of it, at most 4 MiB."""
+    return max(JOURNAL_PAGES_MIN, min(JOURNAL_PAGES_MAX, capacity_bytes // JOURNAL_FRACTION // IO_ALIGN))
 
 
 def entries_max(capacity_bytes: int) -> int:
@@ -157,7 +180,7 @@ def prepare_volume(directory: Path, capacity_bytes: int, io: Io) -> Superblock:
     if not path.exists():
         if (directory / CATALOG_NAME / "data.mdb").exists():
             raise VolumeFormatError(f"{directory} has a catalog but no {VOLUME_NAME}; restore it or delete both")
-        superblock = Superblock(uuid.uuid4().bytes, capacity_bytes)
+        superblock = Superblock(uuid.uuid4().bytes, capacity_bytes, journal_pages(capacity_bytes))
         partial = directory / f"{VOLUME_NAME}.partial"
         _write_volume(io, partial, superblock, os.O_CREAT | os.O_TRUNC)
         partial.rename(path)

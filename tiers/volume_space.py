@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import msgspec
 
 from kvstore.tier import Usage
+from kvstore.tiers.catalog import Operation
 from kvstore.tiers.extents import ExtentAllocator
 from kvstore.tiers.groupcommit import Ticket
 from kvstore.tiers.index import ChunkEntry, ChunkIndex
@@ -140,7 +141,7 @@ class VolumeSpace:
         """Take chunks out of the index and queue the deletion of their records; their extents become unsettled."""
         for entry in entries:
             self.index.remove(entry)
-            ticket.operations.append((entry.key, None))
+            ticket.operations.append(Operation(entry.key, None))
             extent = (entry.offset, entry.offset + self.padded(entry.nbytes))
             self._unsettled.setdefault(ticket, []).append(extent)
 
@@ -156,7 +157,7 @@ class VolumeSpace:
     def _longest_run_bytes(self, now: float) -> int:
         """The longest run that evicting everything evictable would leave."""
         end = longest = 0
-        fixed = [*self.index.protected(now), *self._held.values()]
+        fixed = [*self.index.kept(now), *self._held.values()]
         for offset, nbytes in sorted((entry.offset, entry.nbytes) for entry in fixed):
             longest = max(longest, offset - end)
             end = offset + self.padded(nbytes)

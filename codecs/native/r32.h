@@ -55,6 +55,41 @@ void decode_values(const Batch& batch, const uint32_t* tables, const uint8_t* st
 // Throws std::bad_alloc.
 size_t encode(const Batch& batch, const uint64_t* tables, const uint8_t* symbols, uint8_t* stream, uint32_t* lengths, size_t threads);
 
+// A table of symbols 0 to 8 in one line of the cache, where 16 KiB a table would be too much: the symbol of a slot is the number
+// of `below` that are less than it, and its entry is entries[symbol] + (slot << 20).
+constexpr size_t kDigitSymbols = 9;
+struct alignas(64) DigitTable {
+    int16_t below[kDigitSymbols - 1];
+    uint32_t entries[kDigitSymbols];
+};
+
+// Make one from the decoder entries of a table; false if it has other symbols.
+bool make_digit_table(const uint32_t* table, DigitTable& out);
+
+// The base of digit table number i: its bytes from the first one, in the high half. There are at most kDigitTablesMax.
+constexpr unsigned kDigitShift = 16;
+constexpr uint32_t kDigitBase = uint32_t(sizeof(DigitTable)) << kDigitShift;
+constexpr size_t kDigitTablesMax = 65536 / sizeof(DigitTable);
+
+// A tile whose symbols have tables of their own. Its first `digits` symbols, whole steps, have digit tables' bases. For the other symbols bases[i] is the first entry of their table.
+// `bases` has whole steps too: `count` rounded up to a multiple of the lanes; those behind the last symbol are any table's.
+struct Tile {
+    const uint8_t* stream;
+    size_t nbytes;
+    size_t count;
+    size_t digits;
+    const uint32_t* bases;
+    uint8_t* symbols;
+    bool ok;  // set by decode_tiles: whether it was whole
+};
+
+// Decode tiles on this thread. Throws std::bad_alloc.
+void decode_tiles(Tile* tiles, size_t count, unsigned lanes, const uint32_t* tables, const DigitTable* digit_tables);
+
+// Encode a tile of at least one symbol, all with bases of the second kind, so that it ends at `room_end`, below which there are tile_bytes_max bytes. Answers its
+// bytes, or 0 if a symbol has no entry in its table.
+size_t encode_tile(size_t count, unsigned lanes, const uint32_t* bases, const uint64_t* tables, const uint8_t* symbols, uint8_t* room_end);
+
 // Undo the packing of one tile.
 void unpack(const Unpacking& unpacking, const uint8_t* symbols, int8_t* values);
 

@@ -57,6 +57,8 @@ constexpr size_t kWidth = 8;
 #pragma GCC target("avx2,popcnt")
 #endif
 
+#include "r32_digits.h"
+
 namespace kvstore::r32 {
 
 namespace {
@@ -72,6 +74,13 @@ inline __m128i look_up_four(const uint32_t* tables, const uint32_t* index) {
 
 inline __m256i look_up(const uint32_t* tables, const uint32_t* index) {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(look_up_four(tables, index)), look_up_four(tables, index + 4), 1);
+}
+
+// Entries of digits: the slots of an index are its low 16 bits, its table the high ones.
+inline __m256i look_up(const DigitTable* tables, const uint32_t* index) {
+    const __m128i low = digit_entries(tables, index), high = digit_entries(tables, index + 4);
+    const __m256i slots = _mm256_load_si256(reinterpret_cast<const __m256i*>(index));
+    return _mm256_add_epi32(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1), _mm256_slli_epi32(slots, 20));
 }
 
 // The low bytes of 8 entries.
@@ -96,8 +105,8 @@ inline void store_slots(uint32_t* index, __m256i state, const uint32_t* row) {
     _mm256_store_si256(reinterpret_cast<__m256i*>(index), _mm256_or_si256(slot, base));
 }
 
-template <size_t vectors, size_t count>
-void decode(DecodeTile* const* tiles, const uint32_t* tables) {
+template <size_t vectors, size_t count, typename Table>
+void decode(DecodeTile* const* tiles, const Table* tables) {
     const __m256i slot_mask = _mm256_set1_epi32(4095);
     __m256i state[count][vectors];
     const uint8_t *words[count], *limit[count];
@@ -227,8 +236,12 @@ void encode(EncodeTile& tile, const uint64_t* tables) {
 }  // namespace
 
 const Kernels kAvx2{"avx2",
-                    {decode<1, 1>, decode<2, 1>, decode<4, 1>},
-                    {decode<1, 8>, decode<2, 4>, decode<4, 2>},
+                    {{decode<1, 1>, decode<1, 2>, decode<1, 4>, decode<1, 8>},
+                     {decode<2, 1>, decode<2, 2>, decode<2, 4>, nullptr},
+                     {decode<4, 1>, decode<4, 2>, nullptr, nullptr}},
+                    {{decode<1, 1>, decode<1, 2>, decode<1, 4>, decode<1, 8>},
+                     {decode<2, 1>, decode<2, 2>, decode<2, 4>, nullptr},
+                     {decode<4, 1>, decode<4, 2>, nullptr, nullptr}},
                     {encode<1>, encode<2>, encode<4>}};
 
 }  // namespace kvstore::r32

@@ -18,6 +18,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,popcnt")
 #endif
 
+#include "r32_digits.h"
+
 namespace kvstore::r32 {
 
 namespace {
@@ -42,6 +44,16 @@ inline __m512i look_up(const uint32_t* tables, const uint32_t* index) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
+// Entries of digits: the slots of an index are its low 16 bits, its table the high ones.
+inline __m512i look_up(const DigitTable* tables, const uint32_t* index) {
+    __m128i quarter[4];
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 4; ++i) quarter[i] = digit_entries(tables, index + 4 * i);
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(quarter[0]), quarter[1], 1);
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(quarter[2]), quarter[3], 1);
+    return _mm512_add_epi32(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1), _mm512_slli_epi32(_mm512_load_si512(index), 20));
+}
+
 // Indices reach the loads below through memory, which takes fewer instructions than out of a register; the compiler thinks
 // otherwise.
 template <typename Indices>
@@ -54,8 +66,8 @@ inline __m512i slots(__m512i state, const uint32_t* row) {
     return _mm512_ternarylogic_epi32(state, _mm512_set1_epi32(4095), _mm512_loadu_si512(row), 0xEA);  // (a & b) | c
 }
 
-template <size_t vectors, size_t count>
-void decode(DecodeTile* const* tiles, const uint32_t* tables) {
+template <size_t vectors, size_t count, typename Table>
+void decode(DecodeTile* const* tiles, const Table* tables) {
     const __m512i slot_mask = _mm512_set1_epi32(4095), state_min = _mm512_set1_epi32(1 << 16);
     __m512i state[count][vectors];
     const uint8_t *words[count], *limit[count];
@@ -175,8 +187,8 @@ void encode(EncodeTile& tile, const uint64_t* tables) {
 }  // namespace
 
 const Kernels kAvx512{"avx512",
-                      {nullptr, decode<1, 1>, decode<2, 1>},
-                      {nullptr, decode<1, 4>, decode<2, 2>},
+                      {{}, {decode<1, 1>, decode<1, 2>, decode<1, 4>, nullptr}, {decode<2, 1>, decode<2, 2>, nullptr, nullptr}},
+                      {{}, {decode<1, 1>, decode<1, 2>, decode<1, 4>, nullptr}, {decode<2, 1>, decode<2, 2>, nullptr, nullptr}},
                       {nullptr, encode<1>, encode<2>}};
 
 }  // namespace kvstore::r32

@@ -14,34 +14,35 @@ namespace kvstore::r32 {
 
 namespace {
 
-// One tile after another, each as whole steps for the kernels.
+// One tile after another, each as whole steps for the kernels. The table bases of its steps repeat when they end.
 class TileDecoder {
   public:
-    TileDecoder(const Batch& batch, const uint32_t* tables) : batch_(batch), tables_(tables), rows_(batch, kSlotBits) {}
+    TileDecoder(unsigned lanes, const uint32_t* tables) : lanes_(lanes), tables_(tables) {}
 
     // Begin a tile; false if it has ended already, whole or not.
-    bool start(size_t index, const uint8_t* stream, size_t nbytes, uint8_t* symbols) {
-        const size_t count = batch_.counts[index], stored = std::min<size_t>(count, batch_.lanes);
+    bool start(const Tile& input, const uint32_t* rows_end) {
+        const size_t stored = std::min<size_t>(input.count, lanes_);
         ok = false;
-        if (nbytes % 2 != 0 || nbytes < 4 * stored) return false;
-        if (stored) std::memcpy(tile.state, stream, 4 * stored);
+        if (input.nbytes % 2 != 0 || input.nbytes < 4 * stored) return false;
+        if (stored) std::memcpy(tile.state, input.stream, 4 * stored);
         std::fill(tile.state + stored, tile.state + kLanesMax, kStateMin);
         if (*std::min_element(tile.state, tile.state + kLanesMax) < kStateMin) return false;
-        rows_.use(index);
-        tile.rows = tile.row = rows_.begin();
-        tile.rows_end = rows_.end();
-        tile.symbols = symbols;
-        tile.steps = count / batch_.lanes;
-        rest_ = unsigned(count % batch_.lanes);
-        tile.words = stream + 4 * stored;
-        end_ = stream + nbytes;
+        tile.rows = tile.row = input.bases;
+        tile.rows_end = rows_end;
+        tile.symbols = input.symbols;
+        tile.steps = input.digits / lanes_;
+        later_ = input.count / lanes_ - tile.steps;
+        rest_ = unsigned(input.count % lanes_);
+        tile.words = input.stream + 4 * stored;
+        end_ = input.stream + input.nbytes;
         padded_ = false;
         if (size_t(end_ - tile.words) < step_bytes()) {
             pad();
         } else {
             tile.limit = end_ - step_bytes();
         }
-        return tile.steps > 0 || finish();
+        in_digits = tile.steps > 0;
+        return in_digits || leave_digits();
     }
 
     // Go on after a kernel has stopped; false if the tile has ended, whole or not.
@@ -50,14 +51,16 @@ class TileDecoder {
             if (padded_) return false;  // it read beyond the end
             pad();
         }
-        return tile.steps > 0 || finish();
+        if (tile.steps > 0) return true;
+        return in_digits ? leave_digits() : finish();
     }
 
     DecodeTile tile;
+    bool in_digits = false;  // whether its next steps are for a kernel of digits
     bool ok = false;
 
   private:
-    size_t step_bytes() const { return 2 * size_t{batch_.lanes}; }
+    size_t step_bytes() const { return 2 * size_t{lanes_}; }
 
     // Move the last words, fewer than a step may read, to where a step may read beyond them.
     void pad() {
@@ -67,6 +70,12 @@ class TileDecoder {
         tile.words = padding_;
         tile.limit = end_ = padding_ + left;
         padded_ = true;
+    }
+
+    bool leave_digits() {
+        in_digits = false;
+        tile.steps = later_;
+        return tile.steps > 0 || finish();
     }
 
     // Decode the last, partial step and check the end. Always false.
@@ -88,16 +97,16 @@ class TileDecoder {
         return false;
     }
 
-    const Batch& batch_;
+    unsigned lanes_;
     const uint32_t* tables_;
-    Rows rows_;
     const uint8_t* end_ = nullptr;
+    size_t later_ = 0;
     unsigned rest_ = 0;
     bool padded_ = false;
     uint8_t padding_[4 * kLanesMax];
 };
 
-size_t tiles_together(const Batch& batch) { return kLanesTogether / batch.lanes; }
+size_t tiles_together(unsigned lanes) { return kLanesTogether / lanes; }
 
 // What all threads share.
 struct Shared {
@@ -118,6 +127,13 @@ struct Shared {
         }
     }
 };
+
+// The largest i for which 2^i is at most `count`.
+size_t log2_of(size_t count) {
+    size_t out = 0;
+    while (count >> (out + 1)) ++out;
+    return out;
+}
 
 // Where symbols go: straight to the caller.
 struct ToSymbols {
@@ -155,13 +171,14 @@ template <typename Sink>
 class Worker {
   public:
     Worker(Shared& shared, Sink& sink, size_t first_slot)
-        : shared_(shared), sink_(sink), first_slot_(first_slot), together_(tiles_together(shared.batch)) {
-        decoders_.reserve(together_);
-        for (size_t i = 0; i < together_; ++i) decoders_.emplace_back(shared.batch, shared.tables);
+        : shared_(shared), sink_(sink), first_slot_(first_slot), together_(tiles_together(shared.batch.lanes)) {
+        decoders_.assign(together_, TileDecoder(shared.batch.lanes, shared.tables));
+        rows_.reserve(together_);
+        for (size_t i = 0; i < together_; ++i) rows_.emplace_back(shared.batch, kSlotBits);
     }
 
     void run(const Kernels& kernels) {
-        const unsigned by_lanes = shared_.batch.lanes / 16;
+        const DecodeKernel<uint32_t>* decode = kernels.decode[shared_.batch.lanes / 16];
         DecodeTile* tiles[kTilesTogetherMax];
         bool live[kTilesTogetherMax];
         bool all = true;
@@ -170,12 +187,12 @@ class Worker {
             all &= live[i] = take(i);
         }
         while (all) {
-            kernels.decode_together[by_lanes](tiles, shared_.tables);
+            decode[log2_of(together_)](tiles, shared_.tables);
             for (size_t i = 0; i < together_; ++i) all &= live[i] = go_on(i);
         }
         for (size_t i = 0; i < together_; ++i) {
             while (live[i]) {
-                kernels.decode_one[by_lanes](tiles + i, shared_.tables);
+                decode[0](tiles + i, shared_.tables);
                 live[i] = go_on(i);
             }
         }
@@ -191,7 +208,9 @@ class Worker {
     bool take(size_t i) {
         while ((index_[i] = shared_.next.fetch_add(1, std::memory_order_relaxed)) < shared_.batch.tiles) {
             const size_t index = index_[i];
-            if (decoders_[i].start(index, shared_.stream + shared_.starts[index], shared_.lengths[index], sink_.place(index, first_slot_ + i))) return true;
+            rows_[i].use(index);
+            const Tile input{shared_.stream + shared_.starts[index], shared_.lengths[index], shared_.batch.counts[index], 0, rows_[i].begin(), sink_.place(index, first_slot_ + i), false};
+            if (decoders_[i].start(input, rows_[i].end())) return true;
             close(i);
         }
         return false;
@@ -207,18 +226,75 @@ class Worker {
     size_t first_slot_;
     size_t together_;
     std::vector<TileDecoder> decoders_;
+    std::vector<Rows> rows_;
     size_t index_[kTilesTogetherMax];
 };
 
 template <typename Sink>
 void run(Shared& shared, Sink& sink, size_t threads) {
     std::vector<std::unique_ptr<Worker<Sink>>> workers(threads);
-    for (size_t i = 0; i < threads; ++i) workers[i] = std::make_unique<Worker<Sink>>(shared, sink, i * tiles_together(shared.batch));
+    for (size_t i = 0; i < threads; ++i) workers[i] = std::make_unique<Worker<Sink>>(shared, sink, i * tiles_together(shared.batch.lanes));
     const Kernels& chosen = kernels();
     in_parallel(threads, [&](size_t i) { workers[i]->run(chosen); });
 }
 
+// Some tiles, at most as many as are decoded together: the steps of digits of all of them, then the other ones.
+class Round {
+  public:
+    Round(Tile* tiles, size_t count, unsigned lanes, const uint32_t* tables, const DigitTable* digit_tables)
+        : tiles_(tiles), count_(count), lanes_(lanes), tables_(tables), digit_tables_(digit_tables) {}
+
+    void run(const Kernels& kernels, std::vector<TileDecoder>& decoders) {
+        for (size_t i = 0; i < count_; ++i) {
+            const Tile& tile = tiles_[i];
+            live_[i] = decoders[i].start(tile, tile.bases + (tile.count + lanes_ - 1) / lanes_ * lanes_);
+        }
+        steps(decoders, true, digit_tables_, kernels.decode_digits[lanes_ / 16]);
+        steps(decoders, false, tables_, kernels.decode[lanes_ / 16]);
+        for (size_t i = 0; i < count_; ++i) tiles_[i].ok = decoders[i].ok;
+    }
+
+  private:
+    // All steps of one kind, as many tiles at once as there are and a kernel takes.
+    template <typename Table>
+    void steps(std::vector<TileDecoder>& decoders, bool digits, const Table* tables, const DecodeKernel<Table>* decode) {
+        size_t waiting[kTilesTogetherMax];
+        DecodeTile* decoding[kTilesTogetherMax];
+        for (;;) {
+            size_t count = 0;
+            for (size_t i = 0; i < count_; ++i) {
+                if (!live_[i] || decoders[i].in_digits != digits) continue;
+                waiting[count] = i;
+                decoding[count++] = &decoders[i].tile;
+            }
+            if (!count) return;
+            const size_t kernel = log2_of(count);
+            decode[kernel](decoding, tables);
+            for (size_t i = 0; i < size_t{1} << kernel; ++i) live_[waiting[i]] = decoders[waiting[i]].go_on();
+        }
+    }
+
+    Tile* tiles_;
+    size_t count_;
+    unsigned lanes_;
+    const uint32_t* tables_;
+    const DigitTable* digit_tables_;
+    bool live_[kTilesTogetherMax];
+};
+
 }  // namespace
+
+bool make_digit_table(const uint32_t* table, DigitTable& out) {
+    for (int16_t& below : out.below) below = int16_t(kSlots);
+    for (uint32_t slot = 0; slot < kSlots;) {
+        const uint32_t symbol = table[slot] & 0xFF, frequency = (table[slot] >> 8 & (kSlots - 1)) + 1;
+        if (symbol >= kDigitSymbols || table[slot] >> 20 != 0) return false;
+        out.entries[symbol] = table[slot] - (slot << 20);
+        for (size_t i = symbol; i > 0 && out.below[i - 1] == int16_t(kSlots); --i) out.below[i - 1] = int16_t(slot) - 1;
+        slot += frequency;
+    }
+    return true;
+}
 
 void decode(const Batch& batch, const uint32_t* tables, const uint8_t* stream, const uint32_t* lengths, uint8_t* symbols, uint8_t* ok, size_t threads) {
     Shared shared(batch, tables, stream, lengths, ok);
@@ -229,8 +305,16 @@ void decode(const Batch& batch, const uint32_t* tables, const uint8_t* stream, c
 void decode_values(const Batch& batch, const uint32_t* tables, const uint8_t* stream, const uint32_t* lengths, const Unpacking& unpacking, int8_t* values, uint8_t* ok, size_t threads) {
     threads = threads_for(batch.tiles, threads);
     Shared shared(batch, tables, stream, lengths, ok);
-    ToValues sink(batch, unpacking, values, threads * tiles_together(batch));
+    ToValues sink(batch, unpacking, values, threads * tiles_together(batch.lanes));
     run(shared, sink, threads);
+}
+
+void decode_tiles(Tile* tiles, size_t count, unsigned lanes, const uint32_t* tables, const DigitTable* digit_tables) {
+    const size_t together = tiles_together(lanes);
+    std::vector<TileDecoder> decoders(together, TileDecoder(lanes, tables));
+    for (size_t first = 0; first < count; first += together) {
+        Round(tiles + first, std::min(together, count - first), lanes, tables, digit_tables).run(kernels(), decoders);
+    }
 }
 
 }  // namespace kvstore::r32

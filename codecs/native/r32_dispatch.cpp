@@ -1,5 +1,7 @@
 // The kernels for this processor, chosen once at run time.
+#include <algorithm>
 #include <cstring>
+#include <iterator>
 
 #include "r32.h"
 #include "r32_kernels.h"
@@ -17,8 +19,8 @@ bool has_avx512() {
 
 Kernels avx512() {
     Kernels out = kAvx512;
-    out.decode_one[0] = kAvx2.decode_one[0];
-    out.decode_together[0] = kAvx2.decode_together[0];
+    std::copy(std::begin(kAvx2.decode[0]), std::end(kAvx2.decode[0]), out.decode[0]);
+    std::copy(std::begin(kAvx2.decode_digits[0]), std::end(kAvx2.decode_digits[0]), out.decode_digits[0]);
     out.encode[0] = kAvx2.encode[0];
     return out;
 }

@@ -16,28 +16,28 @@ namespace {
 
 constexpr unsigned kEntryBits = 8;
 
-// Encode one tile of at least one symbol so that it ends at `room_end`; answers its bytes, or 0 if a symbol has no entry.
-size_t encode_tile(const Batch& batch, size_t index, Rows& rows, const Kernels& kernels, const uint64_t* tables, const uint8_t* symbols, uint8_t* room_end) {
-    const size_t count = batch.counts[index], stored = std::min<size_t>(count, batch.lanes);
+// Encode one tile of at least one symbol with rows of table bases that repeat when they end.
+size_t encode_rows(size_t count, unsigned lanes, const uint32_t* rows, const uint32_t* rows_end, const Kernels& kernels, const uint64_t* tables, const uint8_t* symbols, uint8_t* room_end) {
+    const size_t stored = std::min<size_t>(count, lanes);
     EncodeTile tile;
     std::fill(tile.state, tile.state + kLanesMax, kStateMin);
     tile.words = room_end;
     tile.symbols = symbols;
-    tile.steps = count / batch.lanes;
+    tile.steps = count / lanes;
     tile.missing = false;
-    rows.use(index);
-    tile.rows = rows.begin();
-    tile.rows_end = rows.end();
-    const uint8_t* last = symbols + tile.steps * batch.lanes;
-    const uint32_t* last_row = rows.of_step(tile.steps);
-    for (size_t lane = count % batch.lanes; lane-- > 0;) {
+    tile.rows = rows;
+    tile.rows_end = rows_end;
+    const auto row_of = [&](size_t step) { return rows + step * lanes % size_t(rows_end - rows); };
+    const uint8_t* last = symbols + tile.steps * lanes;
+    const uint32_t* last_row = row_of(tile.steps);
+    for (size_t lane = count % lanes; lane-- > 0;) {
         const uint64_t entry = tables[last_row[lane] | last[lane]];
         tile.missing |= !has_entry(entry);
         tile.state[lane] = encode_state(tile.state[lane], entry, tile.words);
     }
     if (tile.steps) {
-        tile.row = rows.of_step(tile.steps - 1);
-        kernels.encode[batch.lanes / 16](tile, tables);
+        tile.row = row_of(tile.steps - 1);
+        kernels.encode[lanes / 16](tile, tables);
     }
     if (tile.missing) return 0;
     std::memcpy(tile.words - 4 * stored, tile.state, 4 * stored);
@@ -64,7 +64,9 @@ size_t encode(const Batch& batch, const uint64_t* tables, const uint8_t* symbols
         for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < batch.tiles;) {
             lengths[i] = 0;
             if (!batch.counts[i]) continue;
-            lengths[i] = uint32_t(encode_tile(batch, i, *rows[thread], chosen, tables, symbols + symbol_starts[i], stream + room_ends[i]));
+            Rows& own = *rows[thread];
+            own.use(i);
+            lengths[i] = uint32_t(encode_rows(batch.counts[i], batch.lanes, own.begin(), own.end(), chosen, tables, symbols + symbol_starts[i], stream + room_ends[i]));
             if (!lengths[i]) missing = true;
         }
     });
@@ -75,6 +77,10 @@ size_t encode(const Batch& batch, const uint64_t* tables, const uint8_t* symbols
         end += lengths[i];
     }
     return end;
+}
+
+size_t encode_tile(size_t count, unsigned lanes, const uint32_t* bases, const uint64_t* tables, const uint8_t* symbols, uint8_t* room_end) {
+    return encode_rows(count, lanes, bases, bases + (count + lanes - 1) / lanes * lanes, kernels(), tables, symbols, room_end);
 }
 
 }  // namespace kvstore::r32

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "r32.h"
+
 namespace kvstore::r32 {
 
 // A tile being decoded. A kernel runs at least one step, then on while steps are left and words <= limit; every step may
@@ -35,12 +37,17 @@ struct EncodeTile {
 // Tiles that are decoded together: a step of one tile waits for itself most of the time.
 constexpr size_t kLanesTogether = 64;
 constexpr size_t kTilesTogetherMax = kLanesTogether / 8;
+constexpr size_t kCounts = 4;
 
-// Indexed by lanes / 16: 8, 16 and 32 lanes. Eight lanes fill half a register of AVX-512, which leaves them to AVX2.
+template <typename Table>
+using DecodeKernel = void (*)(DecodeTile* const*, const Table*);
+
+// Indexed by lanes / 16: 8, 16 and 32 lanes; and decoding by how many tiles at once: 1, 2, 4, 8, of at most kLanesTogether lanes.
+// Eight lanes fill half a register of AVX-512, which leaves them to AVX2.
 struct Kernels {
     const char* name;
-    void (*decode_one[3])(DecodeTile* const*, const uint32_t*);
-    void (*decode_together[3])(DecodeTile* const*, const uint32_t*);  // kLanesTogether / lanes tiles
+    DecodeKernel<uint32_t> decode[3][kCounts];
+    DecodeKernel<DigitTable> decode_digits[3][kCounts];
     void (*encode[3])(EncodeTile&, const uint64_t*);
 };
 

@@ -8,12 +8,21 @@ namespace kvstore::r32 {
 
 namespace {
 
-template <unsigned lanes>
-void decode_one(DecodeTile& tile, const uint32_t* tables) {
+uint32_t look_up(const uint32_t* tables, uint32_t base, uint32_t slot) { return tables[base | slot]; }
+
+uint32_t look_up(const DigitTable* tables, uint32_t base, uint32_t slot) {
+    const DigitTable& table = tables[base / kDigitBase];
+    size_t symbol = 0;
+    for (const int16_t below : table.below) symbol += below < int(slot);
+    return table.entries[symbol] + (slot << 20);
+}
+
+template <unsigned lanes, typename Table>
+void decode_one(DecodeTile& tile, const Table* tables) {
     const uint8_t* words = tile.words;
     do {
         for (unsigned lane = 0; lane < lanes; ++lane) {
-            const uint32_t entry = tables[tile.row[lane] | (tile.state[lane] & (kSlots - 1))];
+            const uint32_t entry = look_up(tables, tile.row[lane], tile.state[lane] & (kSlots - 1));
             const uint32_t state = decode_state(tile.state[lane], entry);
             uint16_t word;
             std::memcpy(&word, words, sizeof word);
@@ -29,8 +38,8 @@ void decode_one(DecodeTile& tile, const uint32_t* tables) {
     tile.words = words;
 }
 
-template <unsigned lanes, size_t count>
-void decode(DecodeTile* const* tiles, const uint32_t* tables) {
+template <unsigned lanes, size_t count, typename Table>
+void decode(DecodeTile* const* tiles, const Table* tables) {
     for (size_t i = 0; i < count; ++i) decode_one<lanes>(*tiles[i], tables);
 }
 
@@ -53,8 +62,12 @@ void encode(EncodeTile& tile, const uint64_t* tables) {
 }  // namespace
 
 const Kernels kScalar{"scalar",
-                      {decode<8, 1>, decode<16, 1>, decode<32, 1>},
-                      {decode<8, 8>, decode<16, 4>, decode<32, 2>},
+                      {{decode<8, 1>, decode<8, 2>, decode<8, 4>, decode<8, 8>},
+                       {decode<16, 1>, decode<16, 2>, decode<16, 4>, nullptr},
+                       {decode<32, 1>, decode<32, 2>, nullptr, nullptr}},
+                      {{decode<8, 1>, decode<8, 2>, decode<8, 4>, decode<8, 8>},
+                       {decode<16, 1>, decode<16, 2>, decode<16, 4>, nullptr},
+                       {decode<32, 1>, decode<32, 2>, nullptr, nullptr}},
                       {encode<8>, encode<16>, encode<32>}};
 
 }  // namespace kvstore::r32

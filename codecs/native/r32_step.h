@@ -51,7 +51,6 @@ class Rows {
     }
     const uint32_t* begin() const { return bases_.data(); }
     const uint32_t* end() const { return bases_.data() + bases_.size(); }
-    const uint32_t* of_step(size_t step) const { return begin() + step * batch_.lanes % bases_.size(); }
 
   private:
     void fill(size_t tile) {

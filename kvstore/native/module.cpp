@@ -10,6 +10,7 @@
 
 #include "exponents_python.h"
 #include "glue.h"
+#include "ladder_python.h"
 #include "planes.h"
 #include "pieces.h"
 #include "r32_python.h"
@@ -204,6 +205,7 @@ PyMethodDef methods[] = {
 
 PyModuleDef_Slot slots[] = {{Py_mod_exec, reinterpret_cast<void*>(kvstore::r32::add_to_module)},
                             {Py_mod_exec, reinterpret_cast<void*>(kvstore::exponents::add_to_module)},
+                            {Py_mod_exec, reinterpret_cast<void*>(kvstore::ladder::add_to_module)},
                             {0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "kvstore._native", "Byte-moving kernels in C++; see kvstore.kernels.",

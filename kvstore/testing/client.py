@@ -11,98 +11,33 @@ The store behind it has at least 8 MiB of memory.
 
 from __future__ import annotations
 
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 import pytest
 
-from kvstore.client import Client, Order, Part, PutChunk
-from kvstore.container import parse
+from kvstore.client import QUALITY_EXACT, Client, Order, Origin, PutChunk
+from kvstore.codecs import registry
+from kvstore.container import check_segment, parse
 from kvstore.errors import ConfigError
 from kvstore.keys import ROOT
 from kvstore.outcome import Reason
 from kvstore.testing.chunks import sample_container, sample_key, sample_keys, sample_spec
-
-PATIENCE_SECONDS = 20.0
-ORDERS: tuple[Order, ...] = ("chunk", "layer")
-
-
-def put_chunk(key: bytes, container: bytes, parent: bytes = ROOT) -> PutChunk:
-    """A chunk whose container is `container`."""
-
-    def write(buffer: memoryview) -> int:
-        buffer[: len(container)] = container
-        return len(container)
-
-    return PutChunk(key, len(container) + 100, write, parent)
+from kvstore.testing.client_events import EventsContract
+from kvstore.testing.client_harness import (
+    ORDERS,
+    PATIENCE_SECONDS,
+    collect,
+    eventually,
+    pinned_bytes,
+    put_chunk,
+    put_samples,
+)
 
 
-def put_samples(client: Client, keys: Sequence[bytes]) -> list[bytes]:
-    """Store the sample containers of `keys`; answers their bytes."""
-    containers = [sample_container(key) for key in keys]
-    statuses = client.put([put_chunk(key, data) for key, data in zip(keys, containers, strict=True)])
-    assert all(status.stored for status in statuses), statuses
-    return containers
-
-
-def collect(parts: Iterator[Part], containers: Sequence[bytes | None]) -> dict[int, Reason | None]:
-    """Check every byte of a fetch against `containers`; answers the miss of each chunk, None for one served whole."""
-    seen: dict[int, int] = {}
-    ended: dict[int, Reason | None] = {}
-    for part in parts:
-        assert part.index not in ended, "a part after the chunk's last"
-        if part.miss is not None:
-            ended[part.index] = part.miss.reason
-            continue
-        container = containers[part.index]
-        assert container is not None
-        assert part.header is not None
-        assert part.header == parse(memoryview(container))
-        groups = part.header.groups()
-        for group in part.groups:
-            assert tuple(segment for segment, _ in group) == groups[seen.get(part.index, 0)]
-            for segment, view in group:
-                assert bytes(view) == container[segment.offset : segment.offset + segment.length]
-            seen[part.index] = seen.get(part.index, 0) + 1
-        if seen[part.index] == len(groups):
-            ended[part.index] = None
-    return ended
-
-
-def eventually(condition: Callable[[], bool]) -> bool:
-    """True as soon as `condition` is, False if it is not within PATIENCE_SECONDS."""
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.01)
-    return True
-
-
-def pinned_bytes(client: Client) -> int:
-    """Bytes leased or pinned in any tier."""
-    tiers = cast("dict[str, Any]", client.stats()["tiers"])
-    return sum(int(tier["usage"]["pinned_bytes"]) for tier in tiers.values())
-
-
-class ClientContract(ABC):
+class ClientContract(EventsContract):
     """What `kvstore.client.Client` promises."""
-
-    @abstractmethod
-    def connected(self, directory: Path) -> AbstractContextManager[Client]:
-        """A client of an empty store that may keep files in `directory`."""
-
-    @pytest.fixture
-    def client(self, tmp_path: Path) -> Iterator[Client]:
-        """A client of an empty store."""
-        with self.connected(tmp_path) as client:
-            yield client
 
     @pytest.mark.parametrize("order", ["chunk", "layer"])
     def test_what_was_put_is_fetched_bit_for_bit(self, client: Client, order: Order) -> None:
@@ -116,6 +51,39 @@ class ClientContract(ABC):
         containers: list[bytes | None] = [*put_samples(client, keys[:2]), None, *put_samples(client, keys[3:])]
         ended = collect(client.fetch(keys, order=order), containers)
         assert ended == {0: None, 1: None, 2: Reason.ABSENT, 3: None, 4: None}
+
+    @pytest.mark.parametrize("order", ["chunk", "layer"])
+    def test_exact_chunks_have_every_quality(self, client: Client, order: Order) -> None:
+        keys = sample_keys(3)
+        containers = put_samples(client, keys)
+        parts = client.fetch(keys, order=order, min_quality=QUALITY_EXACT)
+        assert collect(parts, containers) == dict.fromkeys(range(3))
+
+    def test_lossy_chunks_are_decoded_by_the_store_on_request(self, client: Client) -> None:
+        keys = sample_keys(3)
+        lossy = sample_container(keys[1], codec=registry.get("int8"))
+        client.put([put_chunk(keys[1], lossy)])
+        containers = [put_samples(client, keys[:1])[0], None, put_samples(client, keys[2:])[0]]
+        seen = {}
+        for part in client.fetch(keys, decode=True):
+            assert part.miss is None
+            assert part.header is not None
+            assert part.header.codec == "raw"
+            seen[part.index] = part.origin
+            for group in part.groups:
+                for segment, view in group:
+                    check_segment(segment, view)
+                    source = containers[part.index]
+                    if source is not None:
+                        assert bytes(view) == source[segment.offset : segment.offset + segment.length]
+        assert seen == {0: None, 1: Origin(codec="int8", profile=ROOT.hex(), level=0), 2: None}
+        ended = collect(client.fetch(keys, min_quality=1), [containers[0], lossy, containers[2]])
+        assert ended == {0: None, 1: Reason.LOW_QUALITY, 2: None}
+
+    @pytest.mark.parametrize("options", [{"min_quality": 256}, {"min_quality": -1}, {"order": "layer", "decode": True}])
+    def test_a_fetch_that_cannot_be_is_refused(self, client: Client, options: dict[str, Any]) -> None:
+        with pytest.raises(ConfigError):
+            list(client.fetch(sample_keys(1), **options))
 
     def test_chunk_order_is_the_order_of_the_keys(self, client: Client) -> None:
         keys = sample_keys(6)
@@ -265,6 +233,8 @@ class ClientContract(ABC):
         for call in (
             lambda: client.lookup([short]),
             lambda: client.head([short]),
+            lambda: client.explain([short]),
+            lambda: client.events(kinds=["lost"]),
             lambda: client.delete([short]),
             lambda: client.put([PutChunk(short, 10, lambda _: 0)]),
             lambda: list(client.fetch([short])),
@@ -300,5 +270,6 @@ class ClientContract(ABC):
         client.close()
         assert client.lookup([sample_key(1)]).chunks == 0
         assert [part.miss is not None for part in client.fetch([sample_key(1)])] == [True]
+        assert list(client.events(deadline_ms=PATIENCE_SECONDS * 1000)) == []
         (status,) = client.put([put_chunk(sample_key(2), sample_container(sample_key(2)))])
         assert not status.stored

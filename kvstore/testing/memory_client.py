@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from kvstore.chunk import group_segments
 from kvstore.client import ChunkInfo, Client, Order, Part, PutChunk
 from kvstore.container import HASH, parse
 from kvstore.errors import ContainerError
+from kvstore.events import EventFilter, EventRing, EventStream, RingStream
+from kvstore.explaining import Explanation, explain_chain
 from kvstore.kernels import xxh3
 from kvstore.outcome import Lookup, Miss, PutStatus, Reason
 
@@ -42,13 +44,18 @@ class MemoryClient(Client):
 
     def lookup(self, keys: Sequence[bytes]) -> Lookup:
         self.calls.append("lookup")
-        for index, key in enumerate(keys):
-            if key not in self.chunks:
-                return Lookup((TIER,) * index, Miss(Reason.ABSENT, f"chunk {index}"))
-        return Lookup((TIER,) * len(keys))
+        found = next((index for index, key in enumerate(keys) if key not in self.chunks), len(keys))
+        miss = None if found == len(keys) else Miss(Reason.ABSENT, f"chunk {found}")
+        return Lookup((TIER,) * found, miss, tuple(len(self.chunks[key]) for key in keys[:found]))
 
     def fetch(
-        self, keys: Sequence[bytes], *, order: Order = "chunk", deadline_ms: float | None = None
+        self,
+        keys: Sequence[bytes],
+        *,
+        order: Order = "chunk",
+        deadline_ms: float | None = None,
+        min_quality: int = 0,
+        decode: bool = False,
     ) -> Iterator[Part]:
         self.calls.append("fetch")
         deadline = None if deadline_ms is None else time.monotonic() + deadline_ms / 1e3
@@ -79,6 +86,9 @@ class MemoryClient(Client):
     def head(self, keys: Sequence[bytes]) -> list[ChunkInfo | None]:
         return [ChunkInfo(len(self.chunks[key]), (TIER,)) if key in self.chunks else None for key in keys]
 
+    def explain(self, keys: Sequence[bytes]) -> list[Explanation]:
+        return explain_chain(keys, self.head(keys), lambda _: None)
+
     def prefetch(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
         return [
             PutStatus(stored=key in self.chunks, reason=None if key in self.chunks else Reason.ABSENT) for key in keys
@@ -95,6 +105,18 @@ class MemoryClient(Client):
 
     def stats(self) -> dict[str, Any]:
         return {"chunks": len(self.chunks)}
+
+    def events(
+        self,
+        *,
+        after: int | None = None,
+        tiers: Collection[str] = (),
+        kinds: Collection[str] = (),
+        deadline_ms: float | None = None,
+    ) -> EventStream:
+        ring = EventRing(1)
+        ring.close()
+        return RingStream(ring, after=None, wanted=EventFilter(tiers, kinds), deadline=0.0)
 
     def flush(self, *, deadline_ms: float | None = None) -> bool:
         return True
@@ -131,10 +153,16 @@ class FaultyClient(MemoryClient):
         return super().lookup(keys)
 
     def fetch(
-        self, keys: Sequence[bytes], *, order: Order = "chunk", deadline_ms: float | None = None
+        self,
+        keys: Sequence[bytes],
+        *,
+        order: Order = "chunk",
+        deadline_ms: float | None = None,
+        min_quality: int = 0,
+        decode: bool = False,
     ) -> Iterator[Part]:
         self._before("fetch")
-        return super().fetch(keys, order=order, deadline_ms=deadline_ms)
+        return super().fetch(keys, order=order, deadline_ms=deadline_ms, min_quality=min_quality, decode=decode)
 
     def part(self, index: int, key: bytes) -> Part:
         if self.before_part is not None:

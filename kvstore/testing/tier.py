@@ -23,6 +23,7 @@ from kvstore.outcome import Miss, Reason
 from kvstore.testing.eviction import EvictionContract
 from kvstore.testing.hammer import hammer, watch_bound
 from kvstore.testing.harness import FakeClock, TierHarness, aligned, bytes_of, get, item, key_of, present, put
+from kvstore.testing.listening import ListenerContract
 from kvstore.tier import IO_ALIGN, PutItem, ReadItem, Tier
 
 RANGED = 5 * IO_ALIGN + 123
@@ -247,7 +248,7 @@ class LifeContract(TierHarness):
         assert all(usage.used_bytes <= usage.capacity_bytes for usage in usages)
 
 
-class TierContract(DataContract, EvictionContract, LifeContract):
+class TierContract(DataContract, EvictionContract, LifeContract, ListenerContract):
     """Everything `kvstore.tier.Tier` promises."""
 
 

@@ -132,12 +132,29 @@ class TierModel(RuleBasedStateMachine):
         gone = [number for number, size in zip(numbers, sizes, strict=True) if size is None]
         assert not any(self.protected(self.chunks[number]) for number in gone), "evicted what was pinned or leased"
         if self.strict_lru:
-            evictable = [number for number in numbers if not self.protected(self.chunks[number])]
-            assert gone == evictable[: len(gone)], "a younger chunk left before an older one"
+            assert set(gone) == set(self.next_to_leave(len(gone))), "a younger chunk left before an older one"
         self.evictions += len(gone)
         for number in gone:
             del self.chunks[number]
         return gone
+
+    def next_to_leave(self, count: int) -> list[int]:
+        """The numbers to evict first: always the least recently used without a child, nothing before what is held."""
+        there = dict(self.chunks)
+        kept: set[int] = set()
+        for number in [number for number, stored in there.items() if self.protected(stored)]:
+            ancestor: int | None = number
+            while ancestor is not None and ancestor not in kept:
+                kept.add(ancestor)
+                parent = there[ancestor].parent
+                ancestor = next((other for other in there if key_of(other) == parent), None)
+        order: list[int] = []
+        while len(order) < count:
+            free = [number for number in there if number not in kept]
+            parents = {stored.parent for stored in there.values()}
+            order += [number for number in free if key_of(number) not in parents][:1] or free[:1]
+            del there[order[-1]]
+        return order
 
     @rule(pick=PICKS, fraction=st.floats(0, 0.999), length=st.integers(1, 3 * IO_ALIGN), shift=st.integers(0, 1))
     def read(self, pick: int, fraction: float, length: int, shift: int) -> None:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from kvstore.outcome import Miss, PutStatus, Reason
-from kvstore.tier import Entry, PutItem, ReadItem, Tier, Usage
+from kvstore.tier import Entry, PutItem, ReadItem, Tier, TierListener, Usage
 
 
 class WrappedTier(Tier):
@@ -18,6 +18,14 @@ class WrappedTier(Tier):
         self.durable = inner.durable
         self.capacity_bytes = inner.capacity_bytes
         self.chunk_bytes_max = inner.chunk_bytes_max
+
+    @property
+    def listener(self) -> TierListener:
+        return self.inner.listener
+
+    @listener.setter
+    def listener(self, listener: TierListener) -> None:
+        self.inner.listener = listener
 
     def put(self, items: Sequence[PutItem]) -> list[PutStatus]:
         return self.inner.put(items)

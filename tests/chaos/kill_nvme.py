@@ -4,7 +4,7 @@
 
 A round: a child process opens the volume the round before has left and lets several threads put, delete, read and
 touch real containers in a volume too small for them, so that extents are evicted and reused all the time. It says on
-a pipe what it starts (S), what was acknowledged durable (P), and what it is about to evict (E) or delete (D). The
+a pipe what it starts (S), what was acknowledged durable (P), and what is being evicted (E) or deleted (D). The
 parent kills it at a random instant, checks the volume with fsck (every record, every hash), opens it and compares
 every chunk with the bytes it must have. A chunk must be there if its put was acknowledged and no eviction or deletion
 of it began after that put had begun.
@@ -28,10 +28,9 @@ from pathlib import Path
 import msgspec
 
 from kvstore.testing.chunks import sample_container, sample_key
-from kvstore.tier import IO_ALIGN, PutItem, ReadItem
+from kvstore.tier import IO_ALIGN, Entry, PutItem, ReadItem, Removal
 from kvstore.tiers import fsck
 from kvstore.tiers.directio import aligned_buffer, page_up
-from kvstore.tiers.index import ChunkEntry
 from kvstore.tiers.nvme import NvmeTier
 
 CAPACITY_BYTES = 3 << 20
@@ -62,6 +61,21 @@ def contents() -> dict[bytes, bytes]:
     return {key: sample_container(key, tokens=rng.randrange(16, 257)) for key in map(sample_key, range(CHUNKS))}
 
 
+class Witness:
+    """A listener that says what leaves, before its deletion can become durable: it is called under the tier's lock."""
+
+    def __init__(self, pipe: int) -> None:
+        self._pipe = pipe
+
+    def stored(self, entry: Entry, data: memoryview) -> None:
+        """The put that stored it says so itself."""
+
+    def removed(self, entries: Sequence[Entry], removal: Removal) -> None:
+        """Write a line for each chunk."""
+        for entry in entries:
+            os.write(self._pipe, LINE.pack(b"E" if removal is Removal.EVICTED else b"D", 0, entry.key))
+
+
 def work(directory: Path, chunks: dict[bytes, bytes], seed: int, pipe: int) -> None:
     """The child: never returns on its own."""
     tier = NvmeTier(
@@ -71,15 +85,7 @@ def work(directory: Path, chunks: dict[bytes, bytes], seed: int, pipe: int) -> N
         piece_bytes=4 * IO_ALIGN,
         evict_ahead_bytes=seed % 3 * 100_000,
     )
-    count = tier._volume.count_evictions
-
-    def count_evictions(victims: list[ChunkEntry]) -> None:
-        """Tell of evictions before their deletion is queued."""
-        for victim in victims:
-            os.write(pipe, LINE.pack(b"E", 0, victim.key))
-        count(victims)
-
-    tier._volume.count_evictions = count_evictions  # type: ignore[method-assign]
+    tier.listener = Witness(pipe)
     keys = list(chunks)
     os.write(pipe, LINE.pack(b"R", 0, bytes(32)))
 
@@ -98,8 +104,6 @@ def work(directory: Path, chunks: dict[bytes, bytes], seed: int, pipe: int) -> N
                     if status.durable:
                         os.write(pipe, LINE.pack(b"P", thread, key))
             elif verb < 0.8:
-                for key in picked:
-                    os.write(pipe, LINE.pack(b"D", thread, key))
                 tier.delete(picked)
             elif verb < 0.9:
                 tier.touch(picked)

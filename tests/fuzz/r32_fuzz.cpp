@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "r32.h"
+#include "tables.h"
 
 namespace r32 = kvstore::r32;
 
@@ -30,45 +31,14 @@ size_t below(Random& random, size_t bound) { return bound ? random() % bound : 0
     std::exit(1);
 }
 
-struct Tables {
-    std::vector<uint32_t> decode;
-    std::vector<uint64_t> encode;
-    std::vector<std::vector<uint8_t>> usable;
-};
-
-// An encoder entry, as in codecs/r32/tables.py.
-uint64_t encoder_entry(uint32_t frequency, uint32_t start) {
-    unsigned shift = 31 - unsigned(__builtin_clz(frequency));
-    uint64_t reciprocal, extra = 0;
-    if (frequency == 1) {
-        reciprocal = 0xFFFFFFFF, extra = 1;
-    } else if ((frequency & (frequency - 1)) == 0) {
-        reciprocal = uint64_t{1} << 31, --shift;
-    } else {
-        const uint64_t power = uint64_t{1} << (32 + shift);
-        reciprocal = (power + frequency - 1) / frequency;
-        if (reciprocal * frequency - power > 2048) --reciprocal, extra = 1;
-    }
-    return reciprocal | uint64_t{(frequency - 1) | shift << 12 | uint32_t(extra) << 16 | start << 20} << 32;
-}
-
 Tables random_tables(Random& random, size_t count) {
-    Tables out{std::vector<uint32_t>(count * r32::kSlots), std::vector<uint64_t>(count * r32::kSymbols), {}};
+    Tables out(count);
     for (size_t table = 0; table < count; ++table) {
         const size_t symbols = 1 + below(random, below(random, 2) ? 4 : 256);
         std::vector<uint32_t> cuts{0, r32::kSlots};
         while (cuts.size() < symbols + 1) cuts.push_back(uint32_t(below(random, r32::kSlots + 1)));
         std::sort(cuts.begin(), cuts.end());
-        out.usable.emplace_back();
-        for (size_t symbol = 0; symbol < symbols; ++symbol) {
-            const uint32_t start = cuts[symbol], frequency = cuts[symbol + 1] - start;
-            if (!frequency) continue;
-            out.usable.back().push_back(uint8_t(symbol));
-            out.encode[table * r32::kSymbols + symbol] = encoder_entry(frequency, start);
-            for (uint32_t i = 0; i < frequency; ++i) {
-                out.decode[table * r32::kSlots + start + i] = uint32_t(symbol) | (frequency - 1) << 8 | i << 20;
-            }
-        }
+        out.set(table, cuts);
     }
     return out;
 }
@@ -81,7 +51,7 @@ std::unique_ptr<uint8_t[]> exact(const uint8_t* data, size_t count) {
 }
 
 struct Case {
-    Tables tables;
+    Tables tables{0};
     std::vector<uint32_t> counts, lengths;
     std::vector<uint16_t> ids;
     std::vector<uint8_t> symbols, stream;

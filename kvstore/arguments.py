@@ -1,0 +1,41 @@
+"""What a caller may ask of a store: checks that raise ConfigError, naming the argument."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from kvstore.client import DEADLINE_MS_DEFAULT, QUALITY_EXACT
+from kvstore.errors import ConfigError
+from kvstore.keys import KEY_BYTES
+
+
+def deadline_at(deadline_ms: float | None) -> float:
+    """time.monotonic seconds of a deadline given from now; None means DEADLINE_MS_DEFAULT. Raises ConfigError."""
+    if deadline_ms is None:
+        deadline_ms = DEADLINE_MS_DEFAULT
+    if not deadline_ms >= 0:
+        raise ConfigError(f"deadline_ms is {deadline_ms}; it must not be negative")
+    return time.monotonic() + deadline_ms / 1000
+
+
+def check_fetch(order: str, min_quality: int, *, decode: bool) -> None:
+    """Raise ConfigError unless a fetch may be asked for like this."""
+    if order not in ("chunk", "layer"):
+        raise ConfigError(f"order is {order!r}; use chunk or layer")
+    if not isinstance(min_quality, int) or not 0 <= min_quality <= QUALITY_EXACT:
+        raise ConfigError(f"min_quality is {min_quality!r}; it must be in 0..{QUALITY_EXACT}")
+    if decode and order != "chunk":
+        raise ConfigError("decode needs order 'chunk': a chunk is decoded whole")
+
+
+def check_key(key: bytes) -> None:
+    """Raise ConfigError unless the key is 32 bytes."""
+    if not isinstance(key, bytes) or len(key) != KEY_BYTES:
+        raise ConfigError(f"a chunk key is {KEY_BYTES} bytes, not {key!r:.60}")
+
+
+def check_keys(keys: Sequence[bytes]) -> None:
+    """Raise ConfigError unless every key is 32 bytes."""
+    for key in keys:
+        check_key(key)

@@ -1,0 +1,76 @@
+"""`kvstore events`: print what enters and leaves a daemon's tiers, a line an event."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from datetime import UTC, datetime
+
+from kvstore.commands.target import add_target, connect_target
+from kvstore.errors import ConfigError
+from kvstore.events import KINDS, Event
+from kvstore.sse import to_json
+
+SUMMARY = "print what enters and leaves the tiers of a running daemon, as it happens"
+
+KEY_CHARACTERS = 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the flags."""
+    add_target(parser)
+    parser.add_argument("--tier", action="append", default=[], metavar="NAME", help="only this tier; may be repeated")
+    parser.add_argument("--kind", action="append", default=[], choices=KINDS, help="only events of this kind")
+    parser.add_argument("--after", type=int, metavar="SEQ", help="start after the event of this number, not from now")
+    parser.add_argument("--count", type=int, default=0, metavar="N", help="end after so many events; 0: do not")
+    parser.add_argument("--seconds", type=float, default=math.inf, metavar="S", help="end after so many seconds")
+    parser.add_argument("--json", action="store_true", help="print each event as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print events until the count, the time, or the daemon has ended; the exit code is 1 in the last case."""
+    if arguments.count < 0 or not arguments.seconds > 0:
+        raise ConfigError("--count must not be negative, and --seconds must be positive")
+    left = arguments.count or math.inf
+    with (
+        connect_target(arguments) as client,
+        client.events(
+            after=arguments.after,
+            tiers=arguments.tier,
+            kinds=arguments.kind,
+            deadline_ms=arguments.seconds * 1000,
+        ) as stream,
+    ):
+        for event in stream:
+            try:
+                print(to_json(event).decode() if arguments.json else line(event), flush=True)
+            except BrokenPipeError:  # whoever read our output has seen enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 0
+            left -= 1
+            if left <= 0:
+                return 0
+        position = stream.position
+    if arguments.seconds < math.inf:
+        return 0
+    print(f"kvstore: the daemon ended the stream or refused it; go on with --after {position}", file=sys.stderr)
+    return 1
+
+
+def line(event: Event) -> str:
+    """An event as one line for a person."""
+    when = datetime.fromtimestamp(event.unix_seconds, UTC).isoformat(timespec="milliseconds")
+    if event.kind == "lost":
+        return f"{when} {event.seq} lost {'an unknown number of' if event.lost is None else event.lost} events"
+    parts = [when, str(event.seq), event.kind, event.tier, event.key.hex()[:KEY_CHARACTERS], f"{event.nbytes} bytes"]
+    if event.tokens is not None:
+        parts.append(f"{event.tokens} tokens")
+    if event.parent is not None:
+        parts.append(f"parent {event.parent.hex()[:KEY_CHARACTERS]}")
+    if event.reason is not None:
+        parts.append(str(event.reason))
+    if event.detail:
+        parts.append(f"({event.detail})")
+    return " ".join(parts)

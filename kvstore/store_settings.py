@@ -1,0 +1,41 @@
+"""The bounds of a store's movements, as its configuration sets them."""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvstore import gate
+from kvstore.errors import ConfigError
+from kvstore.sizes import parse_bytes
+
+
+class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Bounds of a store's movements; sizes in bytes or as "64MiB". None: a quarter of the memory tier, at least 64 MiB.
+
+    `lossy_limits` names the limits of the quality gate (`kvstore.gate.PURPOSES`) that a model must pass before a tier
+    stores its chunks in a lossy codec.
+
+    Raises:
+        ConfigError: a size cannot be read or is not positive.
+    """
+
+    write_behind_bytes_max: int | str | None = None
+    write_behind_batch_bytes: int | str = "64MiB"
+    fetch_window_bytes: int | str | None = None
+    transient_bytes_max: int | str = "512MiB"
+    prefetch_chunks_max: int = 1024
+    mover_threads: int = 4
+    lossy_limits: str = "standard"
+
+    def __post_init__(self) -> None:
+        if self.lossy_limits not in gate.PURPOSES:
+            raise ConfigError(f"store.lossy_limits is {self.lossy_limits!r}; use one of {', '.join(gate.PURPOSES)}")
+        for field in self.__struct_fields__:
+            value = getattr(self, field) if field != "lossy_limits" else None
+            if value is not None and parse_bytes(value, f"store.{field}") <= 0:
+                raise ConfigError(f"store.{field} is {value!r}; it must be positive")
+
+    def nbytes(self, field: str, default: int) -> int:
+        """A size in bytes."""
+        value = getattr(self, field)
+        return default if value is None else parse_bytes(value, f"store.{field}")
