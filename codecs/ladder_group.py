@@ -12,7 +12,7 @@ from kvstore.codecs import ladder_loops
 from kvstore.codecs.floats import from_float32, to_float32
 from kvstore.codecs.ladder_bank import Bank
 from kvstore.codecs.ladder_classes import LEVELS, shifted_step
-from kvstore.codecs.ladder_level import VALUE_MAX, Ints
+from kvstore.codecs.ladder_level import Ints
 from kvstore.codecs.ladder_profile import LadderProfile, PartProfile
 from kvstore.codecs.ladder_reference import Part
 from kvstore.codecs.ladder_segment import (

@@ -1,7 +1,7 @@
 """The ladder's loops in plain NumPy: what the C++ kernels must equal, and what runs where they were not built.
 
-`quantise`, `encode` and `decode` stand between the values of a layer group's blocks and the bytes of its levels from their patches
-on (codecs/ladder_segment.py), and between components and the elements of the caller's arrays.
+`quantise`, `encode` and `decode` stand between the values of a layer group's blocks and the bytes of its levels from
+their patches on (codecs/ladder_segment.py), and between components and the elements of the caller's arrays.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ def test_memory_hands_down_to_slower_memory_and_reads_it_back() -> None:
         for key, parent in zip(keys, [ROOT, *keys[:-1]], strict=True):
             assert store.put([PutItem(key, memoryview(sample_container(key, parent=parent)), parent)])[0].stored
         assert store.lookup(keys).tiers == ("cxl",) * 4 + ("dram",) * 2
-        assert [entry.parent for entry in slow.scan()] == [ROOT, *keys[:3]]
+        assert {entry.parent for entry in slow.scan()} == {ROOT, *keys[:3]}
         seen = [bytes(step.view) for step in store.fetch(keys)]
         assert seen == [sample_container(key, parent=p) for key, p in zip(keys, [ROOT, *keys[:-1]], strict=True)]
         assert store.stats()["counters"]["hits"]["cxl"] >= 4

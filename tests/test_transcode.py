@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import msgspec
 import pytest
 from hypothesis import given
@@ -48,7 +46,7 @@ class Bench:
         return result, changed[0] if changed else ""
 
     def outcomes(self) -> dict[str, int]:
-        return dict(cast("dict[str, int]", self.counters.snapshot().get("transcodes", {})))
+        return dict(self.counters.snapshot().get("transcodes", {}))
 
 
 # -- recipes -----------------------------------------------------------------------------------------------------------
