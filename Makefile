@@ -1,4 +1,5 @@
-# The only verbs: demo, test, lint, check, bench, gpu-check, chaos, clean. Everything they need is installed into .venv first.
+# The only verbs: demo, test, lint, check, bench, gpu-check, chaos, test-lmcache, clean.
+# Everything they need is installed into .venv first.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -12,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 # Waiting OpenMP threads that spin cost minutes on busy cores.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test lint check bench gpu-check chaos clean install
+.PHONY: demo test lint check bench gpu-check chaos test-lmcache clean install
 .DEFAULT_GOAL := check
 
 install: $(STAMP)
@@ -50,5 +51,9 @@ chaos: $(STAMP)
 	$(BIN)/python tests/chaos/kill_nvme.py --rounds 200
 	$(BIN)/python tests/chaos/kill_daemon.py --rounds 200
 
+# With LMCache, in an environment of its own that is built once: kvstore's tests and LMCache's own on kvstore's adapters.
+test-lmcache: $(STAMP)
+	$(BIN)/python tests/lmcache/run.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info kvstore/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lmcache build dist *.egg-info kvstore/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

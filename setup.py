@@ -10,6 +10,7 @@ from setuptools import Extension, setup
 # The folders as the package sees them (kvstore/codecs is a link), so that a source archive holds each file once.
 CORE = "kvstore/native"
 CODECS = "kvstore/codecs/native"
+TIERS = "kvstore/tiers/native"
 EXPONENTS = ("python", "loops", "fixed", "planes")
 LADDER = ("python", "avx512", "decode", "encode", "loops", "output")
 R32 = ("python", "decode", "encode", "pack", "dispatch", "scalar", "avx2", "avx512")
@@ -27,6 +28,8 @@ setup(
                 *(f"{CODECS}/exponents_{part}.cpp" for part in EXPONENTS),
                 *(f"{CODECS}/ladder_{part}.cpp" for part in LADDER),
                 *(f"{CODECS}/r32_{part}.cpp" for part in R32),
+                f"{TIERS}/chunk_table.cpp",
+                f"{TIERS}/chunk_table_python.cpp",
             ],
             depends=[
                 f"{CORE}/glue.h",
@@ -39,8 +42,10 @@ setup(
                 *(f"{CODECS}/ladder_{part}.h" for part in ("avx512", "decode", "loops", "plan", "python")),
                 f"{CODECS}/r32.h",
                 *(f"{CODECS}/r32_{part}.h" for part in ("digits", "kernels", "python", "step", "threads")),
+                f"{TIERS}/chunk_table.h",
+                f"{TIERS}/chunk_table_python.h",
             ],
-            include_dirs=[CORE, CODECS],
+            include_dirs=[CORE, CODECS, TIERS],
             # Without contraction of a*b+c a number is the same on every processor, and NumPy's.
             extra_compile_args=[
                 "-std=c++17",

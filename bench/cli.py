@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvstore.bench import environment
+from kvstore.bench import codec_plot, environment
 from kvstore.errors import KVStoreError
 
 SUITES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -30,6 +30,14 @@ SUITES: dict[str, tuple[tuple[str, ...], str]] = {
     "codec": (
         ("kvstore.bench.codec", "kvstore.bench.codec_r32"),
         "codecs: bits for error against rivals, speed, the entropy coder (trained models need the torch extra)",
+    ),
+    "engine": (
+        ("kvstore.bench.engine_index", "kvstore.bench.engine_plan"),
+        "the index of 10^4 to 10^6 chunks; load or recompute: the controller on simulated links against an oracle",
+    ),
+    "replay": (
+        ("kvstore.bench.replay",),
+        "hit ratios and writes of every cache policy on a trace (--trace) or a made-up one",
     ),
     "service": (("kvstore.bench.service",), "the daemon against memcpy and a bare socket"),
     "ttft": (
@@ -61,14 +69,32 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="small sizes and few rounds: shows that it runs, not how fast"
     )
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        type=Path,
+        help="suite codec: draw bits against error to this .svg or .png (bench extra)",
+    )
+    parser.add_argument(
+        "--trace", metavar="FILE", type=Path, help="suite replay: JSON lines with timestamp, input_length, hash_ids, …"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.trace and arguments.suite != "replay":
+        parser.error("--trace is for the suite replay")
+    options = {"trace": arguments.trace} if arguments.trace else {}
+    if arguments.plot:
+        if arguments.suite != "codec":
+            parser.error("--plot is for the suite codec")
+        codec_plot.check(arguments.plot)
     modules, _ = SUITES[arguments.suite]
     metrics: dict[str, float] = {}
     # Not the system's temporary directory: that is often memory, and this measures a disk.
     with tempfile.TemporaryDirectory(prefix=".kvstore-bench-", dir=arguments.dir or ".") as directory:
         for name in modules:
             module = importlib.import_module(name)
-            metrics |= module.measure(Path(directory).resolve(), arguments.quick)
+            metrics |= module.measure(Path(directory).resolve(), arguments.quick, **options)
+    if arguments.plot:
+        codec_plot.draw(metrics, arguments.plot)
     report = {"environment": environment.describe(), "metrics": dict(sorted(metrics.items()))}
     if arguments.json == "-":
         json.dump(report, sys.stdout, indent=2)

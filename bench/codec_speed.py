@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -77,8 +78,8 @@ def _measure_codec(name: str, codec: Codec, spec: KVSpec, chunks: Sequence[KVArr
         f"codec.{name}.chunk_bits": _segment_bits(groups[0], nbytes // spec.itemsize),
         f"codec.{name}.decode_two_threads": paired(lambda: decode(2), decode, rounds=rounds)[2],
     }
-    for levels in range(1, codec.levels):
-        level_seconds = median([seconds(lambda levels=levels: decode(1, levels)) for _ in range(rounds)])
+    for levels in range(1, len(groups[0][0]) if isinstance(codec, LadderCodec) else 0):
+        level_seconds = median([seconds(partial(decode, levels=levels)) for _ in range(rounds)])
         metrics[f"codec.{name}.decode_level_{levels - 1}_gb_per_second"] = nbytes / level_seconds / 1e9
     if name == "lossless":
         metrics["codec.lossless_fast.decode_vs_memcpy"] = ratio
@@ -125,13 +126,13 @@ def _samples(spec: KVSpec, chunks: Sequence[KVArrays]) -> Samples:
 
 
 def _chunk(spec: KVSpec, seed: int) -> KVArrays:
-    """Normal values, every channel with a scale of its own, some with a mean."""
-    rng = np.random.default_rng(seed)
+    """Normal values; every channel has a scale of its own and some a mean, the same in every chunk."""
+    model, random = np.random.default_rng(0), np.random.default_rng(seed + 1)
 
     def one(dim: int) -> np.typing.NDArray[np.unsignedinteger]:
-        scale = np.exp(rng.normal(0, 0.7, (spec.kv_heads, 1, dim))).astype(np.float32)
-        mean = (rng.normal(0, 8, scale.shape) * (rng.random(scale.shape) < 0.05)).astype(np.float32)
-        values = rng.standard_normal((spec.kv_heads, TOKENS, dim), dtype=np.float32)
+        scale = np.exp(model.normal(0, 0.7, (spec.kv_heads, 1, dim))).astype(np.float32)
+        mean = (model.normal(0, 8, scale.shape) * (model.random(scale.shape) < 0.05)).astype(np.float32)
+        values = random.standard_normal((spec.kv_heads, TOKENS, dim), dtype=np.float32)
         return from_float32((values + mean) * scale, spec.dtype)
 
     return [(one(spec.key_dim), one(spec.value_dim)) for _ in range(spec.layers)]

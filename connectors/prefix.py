@@ -18,6 +18,7 @@ from kvstore.client import Client, Origin, Part, PutChunk
 from kvstore.codec import Codec
 from kvstore.codecs import registry
 from kvstore.connector import KVMemory, Loaded, Stored
+from kvstore.connectors.prefix_levels import LevelShares
 from kvstore.container import (
     FLAG_CONTENT_KEY,
     FLAG_FROM_LOSSY,
@@ -100,6 +101,7 @@ class PrefixStore:
         self._decode_in_store = decode_in_store
         self._limits = limits
         self._gates = gates
+        self._levels = LevelShares(lambda codec, level: self._judge(codec, level).passed, min_quality)
         verdict = self._judge(codec, max(plan.level for plan in codec.plan(spec, keys.chunk_tokens)))
         if not verdict.passed:
             raise ConfigError(f"codec: {verdict.reason}; use 'lossless', or get a pass with: {gate_command(codec)}")
@@ -198,7 +200,7 @@ class PrefixStore:
     def _candidates(self, found: Lookup) -> list[Candidate]:
         """What could be loaded. A store that does not tell sizes is taken to hold chunks of the largest."""
         sizes = found.nbytes if len(found.nbytes) == found.chunks else (self._chunk_bytes_max,) * found.chunks
-        return [Candidate(tier, (max(1, nbytes),)) for tier, nbytes in zip(found.tiers, sizes, strict=True)]
+        return [self._levels.candidate(tier, max(1, nbytes)) for tier, nbytes in zip(found.tiers, sizes, strict=True)]
 
     def _fetch(
         self, keys: Sequence[bytes], memory: KVMemory, control: LoadControl, first: int = 0
@@ -226,18 +228,26 @@ class PrefixStore:
         first: int,
         now_ms: Callable[[], float],
     ) -> tuple[int, Miss | None]:
+        candidate = control.candidates[control.loaded]
+        max_quality = self._levels.max_quality(candidate, batch.level)
         try:
             parts = self.client.fetch(
                 keys,
                 order="chunk",
                 deadline_ms=max(0.0, batch.deadline_ms - now_ms()),
                 min_quality=self._min_quality,
+                max_quality=max_quality,
                 decode=self._decode_in_store,
             )
         except Exception as error:  # whatever goes wrong with the store must not reach the engine
             return 0, Miss(Reason.UNAVAILABLE, _describe(error))
         try:
-            return self._take(parts, keys, memory, control, batch, first, now_ms)
+            nbytes, miss = self._take(parts, keys, memory, control, batch, first, now_ms)
+            if miss is not None and miss.reason == Reason.UNGATED and max_quality is not None:
+                # The chunk is good enough as it is stored, and must not be taken for one to replace.
+                self._levels.forget(candidate.tier)
+                miss = Miss(Reason.NOT_WORTH_IT, f"up to level {max_quality} it may not be served: {miss.detail}")
+            return nbytes, miss
         finally:
             close = getattr(parts, "close", None)  # an Iterator need not have one; a generator does
             with suppress(Exception):  # what was taken has been verified, whatever closing says
@@ -262,6 +272,8 @@ class PrefixStore:
                     return nbytes, part.miss
                 control.arrived(now_ms())
                 header = self._decode(part, good, keys[good], memory, first)
+                if batch.level == -1 or len(control.candidates[control.loaded].nbytes) == 1:
+                    self._learn(control.candidates[control.loaded].tier, header)
                 control.decoded(now_ms(), header.codec)
                 nbytes += header.total_bytes
                 good += 1
@@ -301,6 +313,11 @@ class PrefixStore:
             raise ContainerError(Reason.DEADLINE, "the lease on the chunk's bytes expired while they were read")
         memory.commit(start, start + meta.tokens)
         return header
+
+    def _learn(self, tier: str, header: Header) -> None:
+        """Take note of the levels of a chunk that has come whole."""
+        if self._limits is not None and not self._decode_in_store:
+            self._levels.learn(tier, header, registry.get(header.codec, header.profile))
 
     def _judge(self, codec: Codec | gate.Coding, level: int) -> gate.Verdict:
         """Whether chunks of a codec, decoded up to a level, may be served here."""

@@ -87,12 +87,15 @@ class RemoteClient(Client):
         order: Order = "chunk",
         deadline_ms: float | None = None,
         min_quality: int = 0,
+        max_quality: int | None = None,
         decode: bool = False,
     ) -> Iterator[Part]:
         """Iterate over the chunks' parts; what the daemon does not deliver misses."""
         check_keys(keys)
-        check_fetch(order, min_quality, decode=decode)
-        request = FetchRequest(keys=_hex(keys), order=order, min_quality=min_quality, decode=decode)
+        check_fetch(order, min_quality, max_quality, decode=decode)
+        request = FetchRequest(
+            keys=_hex(keys), order=order, min_quality=min_quality, max_quality=max_quality, decode=decode
+        )
         return self._fetch(list(keys), request, deadline_at(deadline_ms))
 
     def head(self, keys: Sequence[bytes]) -> list[ChunkInfo | None]:
@@ -207,7 +210,7 @@ class RemoteClient(Client):
             for index in range(len(keys)):
                 yield Part(index, error.miss)
             return
-        reader = PartReader(FrameSource(answer), keys, self._link.buffers, session)
+        reader = PartReader(FrameSource(answer), keys, self._link.buffers, session, request.max_quality)
         whole = False
         miss = Miss(Reason.UNAVAILABLE, "the stream ended early")
         try:

@@ -17,6 +17,7 @@ from kvstore.codec import LayerSegments
 from kvstore.connectors.remote_session import ClientSession
 from kvstore.container import Header, Segment
 from kvstore.errors import ContainerError, ServiceError
+from kvstore.levels import parse_up_to
 from kvstore.outcome import Miss, Reason
 from kvstore.protocol import CHUNK_BYTES_MAX, FRAME_HEADER_BYTES_MAX, FRAME_PREFIX, Frame
 
@@ -111,9 +112,9 @@ class _Chunk:
         self.done = False
         self.given_up = False
 
-    def accept(self, head: memoryview, available: int, key: bytes) -> None:
+    def accept(self, head: memoryview, available: int, key: bytes, level_max: int | None) -> None:
         """Check the header, in memory that nobody else writes. Raises ContainerError."""
-        self.header = container.parse(head, available=available)
+        self.header = parse_up_to(head, level_max, available=available)
         container.expect(self.header, key=key)
         self.groups = self.header.groups()
 
@@ -126,15 +127,22 @@ class PartReader:
         keys: what was asked for.
         buffers: where inline payloads go.
         session: whose arena frames may refer to; None if none may.
+        level_max: the highest quality level asked for; None for all.
     """
 
     def __init__(
-        self, source: FrameSource, keys: Sequence[bytes], buffers: Buffers, session: ClientSession | None
+        self,
+        source: FrameSource,
+        keys: Sequence[bytes],
+        buffers: Buffers,
+        session: ClientSession | None,
+        level_max: int | None = None,
     ) -> None:
         self._source = source
         self._keys = keys
         self._buffers = buffers
         self._session = session
+        self._level_max = level_max
         self._buffer: memoryview | None = None
         self._chunks = [_Chunk() for _ in keys]
         self._fetch = 0
@@ -189,7 +197,7 @@ class PartReader:
             if frame.offset >= 0:
                 return self._lent(frame, chunk)
             if frame.kind == "chunk":
-                chunk.accept(payload, len(payload), self._keys[frame.index])
+                chunk.accept(payload, len(payload), self._keys[frame.index], self._level_max)
                 return self._whole(frame, chunk, payload)
             if frame.kind == "layers":
                 return self._layers(frame, chunk, payload)
@@ -220,7 +228,7 @@ class PartReader:
         if chunk.header is None:
             # Copied before it is checked: should the lease have been lost, the bytes may be changing.
             head = bytes(view[: container.peek_header_bytes(view)])
-            chunk.accept(memoryview(head), len(view), self._keys[frame.index])
+            chunk.accept(memoryview(head), len(view), self._keys[frame.index], self._level_max)
         if frame.kind == "chunk":
             return self._whole(frame, chunk, view)
         return self._deliver(frame, chunk, lambda segment: view[segment.offset : segment.offset + segment.length])
@@ -233,7 +241,8 @@ class PartReader:
         if chunk.header is None:
             if not 0 < frame.header_bytes <= len(payload):
                 raise ServiceError("the first layers of a chunk came without its header")
-            chunk.accept(payload[: frame.header_bytes], CHUNK_BYTES_MAX, self._keys[frame.index])
+            head = payload[: frame.header_bytes]
+            chunk.accept(head, CHUNK_BYTES_MAX, self._keys[frame.index], self._level_max)
         at = frame.header_bytes
 
         def take(segment: Segment) -> memoryview:

@@ -51,6 +51,7 @@ class AsyncClient:
         order: Order = "chunk",
         deadline_ms: float | None = None,
         min_quality: int = 0,
+        max_quality: int | None = None,
         decode: bool = False,
     ) -> AsyncIterator[Part]:
         """See `Client.fetch`. Leaving the loop early: close the iterator (`contextlib.aclosing`) to release at once."""
@@ -60,6 +61,7 @@ class AsyncClient:
             order=order,
             deadline_ms=deadline_ms,
             min_quality=min_quality,
+            max_quality=max_quality,
             decode=decode,
         )
         step: asyncio.Future[Part | None] | None = None

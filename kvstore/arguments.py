@@ -19,12 +19,19 @@ def deadline_at(deadline_ms: float | None) -> float:
     return time.monotonic() + deadline_ms / 1000
 
 
-def check_fetch(order: str, min_quality: int, *, decode: bool) -> None:
+def check_fetch(order: str, min_quality: int, max_quality: int | None = None, *, decode: bool) -> None:
     """Raise ConfigError unless a fetch may be asked for like this."""
     if order not in ("chunk", "layer"):
         raise ConfigError(f"order is {order!r}; use chunk or layer")
     if not isinstance(min_quality, int) or not 0 <= min_quality <= QUALITY_EXACT:
         raise ConfigError(f"min_quality is {min_quality!r}; it must be in 0..{QUALITY_EXACT}")
+    if max_quality is not None:
+        if not isinstance(max_quality, int) or not min_quality <= max_quality < QUALITY_EXACT:
+            raise ConfigError(
+                f"max_quality is {max_quality!r}; it must be a level, not below min_quality, or None for all"
+            )
+        if decode:
+            raise ConfigError("max_quality does not go with decode: the store decodes all levels")
     if decode and order != "chunk":
         raise ConfigError("decode needs order 'chunk': a chunk is decoded whole")
 

@@ -119,6 +119,7 @@ class Client(ABC):
         order: Order = "chunk",
         deadline_ms: float | None = None,
         min_quality: int = 0,
+        max_quality: int | None = None,
         decode: bool = False,
     ) -> Iterator[Part]:
         """Iterate over the chunks' parts.
@@ -129,8 +130,9 @@ class Client(ABC):
         left at the deadline misses with reason deadline. Closing the iterator early releases everything.
 
         A chunk that no tier has in `min_quality` misses with reason low_quality; a lower tier may have it better than a
-        higher one, and is then read. With `decode`, which needs order "chunk", chunks come in codec raw: the store has
-        done the decoding.
+        higher one, and is then read. With `max_quality` a lossy chunk comes without its levels above it, which are not
+        read if it is not in memory; its header is that of what comes. With `decode`, which needs order "chunk", chunks
+        come in codec raw, of all levels: the store has done the decoding.
         """
 
     @abstractmethod

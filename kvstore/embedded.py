@@ -60,9 +60,17 @@ class EmbeddedClient(Client):
         order: Order = "chunk",
         deadline_ms: float | None = None,
         min_quality: int = 0,
+        max_quality: int | None = None,
         decode: bool = False,
     ) -> Iterator[Part]:
-        steps = self.store.fetch(keys, order=order, deadline_ms=deadline_ms, min_quality=min_quality, decode=decode)
+        steps = self.store.fetch(
+            keys,
+            order=order,
+            deadline_ms=deadline_ms,
+            min_quality=min_quality,
+            max_quality=max_quality,
+            decode=decode,
+        )
         try:
             for step in steps:
                 yield _part(step)

@@ -10,12 +10,13 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 
 import msgspec
 
-from kvstore import container
 from kvstore.client import Origin
 from kvstore.container import Header, Segment
 from kvstore.errors import ContainerError
+from kvstore.levels import parse_up_to
 from kvstore.loan import Loan
 from kvstore.outcome import Miss
+from kvstore.partial_reading import borrow_up_to
 from kvstore.promotion import LATE, Promoter
 
 WINDOWS_AHEAD = 2
@@ -50,6 +51,7 @@ def chunk_steps(
     window_bytes: int,
     deadline: float,
     min_quality: int = 0,
+    max_quality: int | None = None,
 ) -> Generator[Step, None, None]:
     """Every chunk as one step, in order; the next window of chunks is read while the caller consumes this one."""
     waiting = windows(keys, sizes(keys), window_bytes)
@@ -57,7 +59,7 @@ def chunk_steps(
     try:
         while True:
             while len(started) < WINDOWS_AHEAD and (indices := next(waiting, None)) is not None:
-                started.append(_Window(promoter, movers, indices, keys, deadline, min_quality))
+                started.append(_Window(promoter, movers, indices, keys, deadline, min_quality, max_quality))
             if not started:
                 return
             yield from started[0].steps()
@@ -78,8 +80,10 @@ class _Window:
         keys: Sequence[bytes],
         deadline: float,
         min_quality: int,
+        max_quality: int | None,
     ) -> None:
         self._deadline = deadline
+        self._level_max = max_quality
         self._outcomes: dict[int, Loan | Miss] = {}
         self._indices = indices
         for index in indices:
@@ -88,9 +92,11 @@ class _Window:
                 self._outcomes[index] = loan
         self._rest = [index for index in indices if index not in self._outcomes]
         wanted = [keys[index] for index in self._rest]
-        self._reading = (
-            movers.submit(promoter.borrow, wanted, deadline=deadline, min_quality=min_quality) if wanted else None
-        )
+        self._reading: Future[list[Loan | Miss]] | None = None
+        if wanted:
+            self._reading = movers.submit(
+                borrow_up_to, promoter, wanted, max_quality, deadline=deadline, min_quality=min_quality
+            )
 
     def steps(self) -> Iterator[Step]:
         """One step a chunk; each loan ends when the caller asks for the next step."""
@@ -102,7 +108,7 @@ class _Window:
                 yield Step(index, outcome)
             else:
                 with outcome:
-                    yield _whole(index, outcome)
+                    yield _whole(index, outcome, self._level_max)
 
     def release(self) -> None:
         """Give back everything that was not consumed, now or once it has been read."""
@@ -124,9 +130,9 @@ class _Window:
         self._outcomes.update(zip(self._rest, outcomes, strict=True))
 
 
-def _whole(index: int, loan: Loan) -> Step:
+def _whole(index: int, loan: Loan, level_max: int | None) -> Step:
     try:
-        header = container.parse(loan.view)
+        header = parse_up_to(loan.view, level_max, available=len(loan.view))
     except ContainerError as error:
         return Step(index, Miss(error.reason, error.detail))
     return Step(index, None, header, tuple(header.groups()), loan.view[: header.total_bytes], loan.offset, loan.tier)

@@ -16,6 +16,7 @@ from kvstore import container
 from kvstore.container import Header, Segment
 from kvstore.errors import ContainerError
 from kvstore.fetching import Step, windows
+from kvstore.levels import up_to_level
 from kvstore.loan import Loan
 from kvstore.outcome import Miss
 from kvstore.promotion import ABSENT, HEAD_READ_BYTES, LATE, Place, Promoter
@@ -25,11 +26,13 @@ from kvstore.tier import IO_ALIGN, ReadItem, Tier
 class _Load:
     """One chunk of the fetch: its bytes are lent (`loan`), or being read from `tier` into `place`."""
 
-    __slots__ = ("groups", "header", "index", "key", "leads", "loan", "place", "tier")
+    __slots__ = ("cut", "groups", "header", "index", "key", "leads", "level_max", "loan", "place", "tier")
 
-    def __init__(self, index: int, key: bytes) -> None:
+    def __init__(self, index: int, key: bytes, level_max: int | None) -> None:
         self.index = index
         self.key = key
+        self.level_max = level_max
+        self.cut = False
         self.loan: Loan | None = None
         self.place: Place | None = None
         self.tier: Tier | None = None
@@ -47,18 +50,21 @@ class _Load:
 
     def accept_header(self) -> None:
         """Parse the header out of the bytes that are there. Raises ContainerError."""
-        self.header = container.parse(self.view)
-        container.expect(self.header, key=self.key)
+        whole = container.parse(self.view)
+        container.expect(whole, key=self.key)
+        self.header = whole if self.level_max is None else up_to_level(whole, self.level_max)
+        self.cut = self.header is not whole
         self.groups = self.header.groups()
 
     def step(self, round_index: int) -> Step:
         """What to tell the caller about one layer group."""
+        assert self.header is not None
         return Step(
             self.index,
             None,
             self.header,
             (self.groups[round_index],),
-            self.view,
+            self.view[: self.header.total_bytes],
             self.loan.offset if self.loan is not None else None,
             self.loan.tier if self.loan is not None else "",
             round_index == 0,
@@ -75,11 +81,14 @@ def layer_steps(
     window_bytes: int,
     deadline: float,
     min_quality: int = 0,
+    max_quality: int | None = None,
 ) -> Generator[Step, None, None]:
     """Layer groups of all chunks of a window, then of the next: all of a window's chunks are held at once."""
     for indices in windows(keys, sizes(keys), window_bytes):
         chunks = [(index, keys[index]) for index in indices]
-        yield from LayerFetch(promoter, movers, chunks, deadline=deadline, min_quality=min_quality).steps()
+        yield from LayerFetch(
+            promoter, movers, chunks, deadline=deadline, min_quality=min_quality, max_quality=max_quality
+        ).steps()
 
 
 class LayerFetch:
@@ -91,6 +100,7 @@ class LayerFetch:
         chunks: (index, key) of the chunks wanted.
         deadline: time.monotonic seconds; what has not been read by then is a miss.
         min_quality: a chunk stored below it is a miss.
+        max_quality: the highest level wanted, None for all; a chunk cut by it is not published.
     """
 
     def __init__(
@@ -101,12 +111,13 @@ class LayerFetch:
         *,
         deadline: float,
         min_quality: int = 0,
+        max_quality: int | None = None,
     ) -> None:
         self._promoter = promoter
         self._movers = movers
         self._deadline = deadline
         self._min_quality = min_quality
-        self._loads = [_Load(index, key) for index, key in chunks]
+        self._loads = [_Load(index, key, max_quality) for index, key in chunks]
         self._reading: Future[dict[int, Miss]] | None = None
 
     def steps(self) -> Iterator[Step]:
@@ -239,10 +250,12 @@ class LayerFetch:
         return misses
 
     def _finish(self, load: _Load) -> None:
-        """A chunk has been consumed whole: publish it if we have read it, and end."""
+        """A chunk has been consumed: publish it if we have read all of it, and end."""
         if load.place is not None and load.tier is not None:
-            self._promoter.hit(load.tier, load.place.nbytes)
-            load.loan, load.place = load.place.publish(), None
+            nbytes = load.header.total_bytes if load.cut and load.header is not None else load.place.nbytes
+            self._promoter.hit(load.tier, nbytes)
+            if not load.cut:
+                load.loan, load.place = load.place.publish(), None
         self._end(load, None)
 
     def _end(self, load: _Load, miss: Miss | None) -> None:

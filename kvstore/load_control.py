@@ -88,7 +88,7 @@ class LoadControl:
         self.loaded = 0
         self.stop: Miss | None = None
         self._costs = costs
-        self._candidates = candidates
+        self.candidates = candidates
         self._savings = savings_ms
         self._saved = [0.0, *accumulate(savings_ms or ())]
         self._deadline_ms = deadline_ms
@@ -107,7 +107,7 @@ class LoadControl:
 
     def next(self, now_ms: float) -> Batch | None:
         """The next batch to fetch; None if there is nothing more to load, `stop` says why if chunks are left."""
-        if self.loaded == len(self._candidates) or self.stop is not None:
+        if self.loaded == len(self.candidates) or self.stop is not None:
             return None
         batch = self._everything(now_ms) if self._savings is None else self._next(now_ms, self._savings)
         if batch is not None:
@@ -118,7 +118,7 @@ class LoadControl:
 
     def arrived(self, now_ms: float) -> None:
         """The batch's next chunk has come."""
-        candidate = self._candidates[self.loaded]
+        candidate = self.candidates[self.loaded]
         nbytes, ms = self._waited[candidate.tier]
         self._waited[candidate.tier] = (
             nbytes + candidate.nbytes[self._batch.level],
@@ -128,7 +128,7 @@ class LoadControl:
 
     def decoded(self, now_ms: float, codec: str) -> None:
         """That chunk has been decoded: it counts as loaded."""
-        candidate = self._candidates[self.loaded]
+        candidate = self.candidates[self.loaded]
         chunks, nbytes, ms = self._decoding[codec, candidate.tier]
         self._decoding[codec, candidate.tier] = (
             chunks + 1,
@@ -144,11 +144,12 @@ class LoadControl:
     def ended(self, now_ms: float, miss: Miss | None) -> None:
         """The batch is over, with `miss` for its next chunk if it did not come.
 
-        A chunk that was too late counts as if it had come at that moment: no estimate is better than that. The load
-        goes on behind it only if something of the batch was there in time.
+        Who has waited for a chunk in vain must expect to wait as long again: as if that had happened, it counts. The
+        load goes on only if something of the batch was there in time.
         """
         late = miss is not None and miss.reason == Reason.DEADLINE
         if late:
+            self._mark_ms -= now_ms - self._mark_ms
             self.arrived(now_ms)
         for tier, (nbytes, ms) in self._waited.items():
             self._costs.observe_load(tier, nbytes=nbytes, ms=ms)
@@ -172,7 +173,7 @@ class LoadControl:
         if now_ms >= self._deadline_ms:
             self.stop = self._overdue(now_ms)
             return None
-        return Batch(len(self._candidates), -1, self._deadline_ms)
+        return Batch(len(self.candidates), -1, self._deadline_ms)
 
     def _next(self, now_ms: float, savings: Sequence[float]) -> Batch | None:
         until = self._saved[self.loaded] + self._bound_ms
@@ -182,7 +183,7 @@ class LoadControl:
             return None
         # This load may be slower or faster than those before it.
         pace = self._actual_ms / self._expected_ms if self._expected_ms > 0 else 1.0
-        left = range(self.loaded, len(self._candidates))
+        left = range(self.loaded, len(self.candidates))
         loads = [[pace * ms for ms in self._load_ms(index)] for index in left]
         fixed_ms = pace * self._fixed_ms
         plan = plan_loads(
@@ -195,8 +196,8 @@ class LoadControl:
         )
         if not plan.levels:
             everything = fixed_ms + sum(ms[0] for ms in loads)
-            if not self._started and everything <= min(PATIENCE_MS_MIN, deadline_ms):
-                return Batch(len(self._candidates), 0, deadline_ms)
+            if not self._started and fixed_ms + sum(ms[-1] for ms in loads) <= min(PATIENCE_MS_MIN, deadline_ms):
+                return Batch(len(self.candidates), -1, deadline_ms)
             if not self._started and self._costs.probes.allow(self._saved[-1], self._patience[0]):
                 return Batch(1, 0, deadline_ms)
             self.stop = self._refusal(now_ms, fixed_ms + loads[0][0], everything)
@@ -204,14 +205,17 @@ class LoadControl:
         return Batch(self.loaded + self._count(plan, loads, deadline_ms - now_ms), plan.levels[0], deadline_ms)
 
     def _count(self, plan: Plan, loads: Sequence[Sequence[float]], time_ms: float) -> int:
-        """How many of the plan's chunks to ask for at once: of one level, and not more than will come in time."""
+        """How many of the plan's chunks to ask for at once: of one level, and not more than will come in time.
+
+        Tiers whose chunks have several levels do not mix with others: their levels need not be the same.
+        """
         expected = plan.load_ms - sum(ms[level] for ms, level in zip(loads, plan.levels, strict=False))
         margin = MARGIN_REFINED if plan.levels[0] else MARGIN
         count = 0
         for ms, level in zip(loads, plan.levels, strict=False):
-            tier = self._candidates[self.loaded + count].tier
+            tier = self.candidates[self.loaded + count].tier
             expected += ms[level]
-            if count and (level != plan.levels[0] or margin * expected > time_ms):
+            if count and (level != plan.levels[0] or margin * expected > time_ms or self._differ(count)):
                 break
             count += 1
             if self._lines[tier] is None:
@@ -224,24 +228,28 @@ class LoadControl:
             return Miss(Reason.DEADLINE, late)
         return Miss(Reason.NOT_WORTH_IT, f"{late}; computing the rest is quicker than to wait for it")
 
+    def _differ(self, ahead: int) -> bool:
+        one, other = self.candidates[self.loaded], self.candidates[self.loaded + ahead]
+        return one.tier != other.tier and max(len(one.nbytes), len(other.nbytes)) > 1
+
     def _refusal(self, now_ms: float, next_ms: float, load_ms: float) -> Miss:
         if now_ms + next_ms > self._deadline_ms:
             detail = f"{self.loaded} chunks in {now_ms:.0f} ms, and no time for the next"
             return Miss(Reason.DEADLINE, detail)
         left = self._saved[-1] - self._saved[self.loaded]
-        tiers = ", ".join(sorted({candidate.tier for candidate in self._candidates[self.loaded :]}))
+        tiers = ", ".join(sorted({candidate.tier for candidate in self.candidates[self.loaded :]}))
         detail = f"loading the rest from {tiers} would take {load_ms:.0f} ms, computing it {left:.0f} ms"
         return Miss(Reason.NOT_WORTH_IT, detail)
 
     def _load_ms(self, index: int) -> list[float]:
         """What a chunk should take in each level; zeros, to try it, if its tier has not been seen."""
-        candidate = self._candidates[index]
+        candidate = self.candidates[index]
         line = self._lines[candidate.tier]
         return [line.ms(nbytes) if line is not None else 0.0 for nbytes in candidate.nbytes]
 
     def _learn(self) -> None:
         """Take the estimates of the tiers."""
-        tiers = dict.fromkeys(candidate.tier for candidate in self._candidates)
+        tiers = dict.fromkeys(candidate.tier for candidate in self.candidates)
         self._lines = {tier: self._costs.chunk(tier) for tier in tiers}
         requests = [self._costs.load(tier) for tier in tiers]
         self._fixed_ms = sum(line.fixed_ms for line in requests if line is not None)

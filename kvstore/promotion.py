@@ -110,7 +110,7 @@ class Promoter:
         self.memory = memory
         self.lower = lower
         self._leases = cast(SupportsLease, memory) if memory is not None else None
-        self._transient = transient
+        self.transient = transient
         self._counters = counters
         self._events = events
         self._quality = quality
@@ -210,7 +210,7 @@ class Promoter:
                 return Place(self.memory.name, nbytes, slot, None)
             if slot.existed and (loan := self.lease(key, min_quality=min_quality)) is not None:
                 return loan
-        buffer = self._transient.take(nbytes, deadline=deadline)
+        buffer = self.transient.take(nbytes, deadline=deadline)
         if buffer is None:
             return Miss(Reason.FULL, f"no room for {nbytes} bytes in memory")
         return Place("transient", nbytes, None, buffer)
@@ -240,7 +240,7 @@ class Promoter:
         """
         for tier in self.lower:
             (nbytes,) = tier.sizes([key])
-            if nbytes is None or (buffer := self._transient.take(nbytes, deadline=deadline)) is None:
+            if nbytes is None or (buffer := self.transient.take(nbytes, deadline=deadline)) is None:
                 continue
             loan: Loan | None = None
             try:

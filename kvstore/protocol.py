@@ -98,6 +98,7 @@ class FetchRequest(Request, frozen=True, kw_only=True):
     deadline_ms: float | None = None
     transport: Transport = "bytes"
     min_quality: int = 0
+    max_quality: int | None = None
     decode: bool = False
 
 

@@ -176,11 +176,12 @@ class Store:
         order: Order = "chunk",
         deadline_ms: float | None = None,
         min_quality: int = 0,
+        max_quality: int | None = None,
         decode: bool = False,
     ) -> Generator[Step, None, None]:
         """Iterate over the chunks' steps; see `kvstore.client.Client.fetch`. Close the iterator to release early."""
         check_keys(keys)
-        check_fetch(order, min_quality, decode=decode)
+        check_fetch(order, min_quality, max_quality, decode=decode)
         if (min_quality or decode) and self._codecs is None:
             raise ConfigError("min_quality and decode need a store that knows codecs: open it with kvstore.connect")
         deadline = deadline_at(deadline_ms)
@@ -196,6 +197,7 @@ class Store:
             window_bytes=self._window_bytes,
             deadline=deadline,
             min_quality=min_quality,
+            max_quality=max_quality,
         )
         if decode and self._codecs is not None:
             steps = decoded_steps(steps, self._codecs, self._transient, deadline)

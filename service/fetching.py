@@ -44,6 +44,7 @@ async def fetch(request: web.Request) -> web.StreamResponse:
             order=body.order,
             deadline_ms=remaining_ms(deadline),
             min_quality=body.min_quality,
+            max_quality=body.max_quality,
             decode=body.decode,
         )
         pull = Pull(daemon, steps, Framer(keys, ledger, daemon.memory_name), ledger, deadline)

@@ -17,6 +17,7 @@ EXPECTED = {
         "codec.r32.excess_bits",
     },
     "tiers": {"tiers.dram.get_vs_memcpy", "tiers.nvme.read_vs_odirect", "tiers.nvme.write_vs_odirect"},
+    "engine": {"engine.plan.stalling.vs_recompute_worst", "engine.plan.bursty.vs_oracle_mean", "engine.plan.decide_ms"},
     "service": {"service.shm_fetch_vs_memcpy", "service.lookup_p50_ms", "service.http_get_vs_socket"},
     "ttft": {"ttft.warm_vs_cold", "ttft.warm_nvme_vs_cold", "ttft.equal_tokens"},
 }

@@ -58,6 +58,7 @@ class Scripted(MemoryClient):
         order: Order = "chunk",
         deadline_ms: float | None = None,
         min_quality: int = 0,
+        max_quality: int | None = None,
         decode: bool = False,
     ) -> Iterator[Part]:
         return self.script([self.part(index, key) for index, key in enumerate(keys)])

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from kvstore import gate
+from kvstore.client import Part
 from kvstore.codecs import registry
 from kvstore.connector import Loaded
-from kvstore.connectors.prefix import LoadPolicy, PrefixStore
+from kvstore.connectors.prefix import LoadPolicy, PrefixStore, replaceable
 from kvstore.connectors.transformers import TransformersConnector
 from kvstore.cost import CostModel
 from kvstore.errors import ConfigError
 from kvstore.keys import KeyScheme
 from kvstore.outcome import Lookup, Reason
 from kvstore.spec import KVArrays
+from kvstore.testing import lossy_chunks as lossy
 from kvstore.testing.chunks import FINGERPRINT, sample_kv, sample_spec
+from kvstore.testing.lossy import gaussian
 from kvstore.testing.memory_client import TIER, FaultyClient, MemoryClient
 from kvstore.testing.models import VOCABULARY, random_model
 
@@ -151,3 +156,96 @@ def test_an_engine_is_observed_and_a_slow_store_is_gone_around(verb: str) -> Non
     seen = [report(client) for _ in range(4)]
     assert time.monotonic() - started < 40.0
     assert seen[-1] == (0, Reason.NOT_WORTH_IT)
+
+
+class Recording(FaultyClient):
+    """Notes the `max_quality` of every fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[int | None] = []
+
+    def fetch(self, keys: Sequence[bytes], **options: Any) -> Iterator[Part]:
+        self.asked.append(options["max_quality"])
+        return super().fetch(keys, **options)
+
+
+class LossyMemory:
+    """KV of eight lossy chunks."""
+
+    def __init__(self) -> None:
+        tokens = 8 * lossy.TOKENS
+        self.arrays = lossy.SPEC.arrays(np.zeros(lossy.SPEC.chunk_bytes(tokens), np.uint8), tokens)
+        for layer, (keys, values) in enumerate(gaussian(lossy.SPEC, tokens, 3)):
+            self.arrays[layer][0][:] = keys
+            self.arrays[layer][1][:] = values
+
+    def writable(self, start: int, stop: int) -> KVArrays:
+        return [(keys[:, start:stop].copy(), values[:, start:stop].copy()) for keys, values in self.arrays]
+
+    def commit(self, start: int, stop: int) -> None:
+        pass
+
+    def readable(self, start: int, stop: int) -> KVArrays:
+        return [(keys[:, start:stop], values[:, start:stop]) for keys, values in self.arrays]
+
+
+def lossy_prefixes(client: FaultyClient, costs: CostModel, passed: Sequence[int], **options: Any) -> PrefixStore:
+    return PrefixStore(
+        client,
+        lossy.SPEC,
+        KeyScheme(FINGERPRINT, chunk_tokens=lossy.TOKENS, extras={"lossy": 1}),
+        registry.get("ladder"),
+        limits=gate.STANDARD,
+        gates=[lossy.passes("ladder", *passed)],
+        costs=costs,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("passed", "load_ms", "first"), [([0, 1, 2, 3], 32_000.0, 0), ([1, 2, 3], 12_000.0, 1), ([2, 3], 12_000.0, 2)]
+)
+def test_a_slow_store_is_asked_for_the_lowest_level_that_may_be_served(
+    passed: list[int], load_ms: float, first: int
+) -> None:
+    client, _, store, chain = slow_lossy_store(passed, load_ms)
+    loaded = store.load(chain, LossyMemory(), 8 * lossy.TOKENS)
+    assert client.asked[0] == first
+    assert loaded.chunks == 8
+    assert loaded.nbytes < sum(map(len, client.chunks.values()))
+
+
+def test_a_slow_store_that_may_serve_only_all_levels_is_not_asked() -> None:
+    client, _, store, chain = slow_lossy_store([3], 12_000.0)
+    loaded = store.load(chain, LossyMemory(), 8 * lossy.TOKENS)
+    assert client.asked == []
+    assert loaded.stop is not None
+    assert loaded.stop.reason == Reason.NOT_WORTH_IT
+
+
+def slow_lossy_store(
+    passed: Sequence[int], load_ms: float
+) -> tuple[Recording, CostModel, PrefixStore, Sequence[bytes]]:
+    """Eight chunks, each worth 2 s of computing, in a store seen to take `load_ms` for all levels of all of them."""
+    client, costs = Recording(), CostModel()
+    costs.observe_prefill(tokens=lossy.TOKENS, context=0, ms=2_000.0)
+    store = lossy_prefixes(client, costs, passed, load_deadline_ms=10_000.0)
+    chain = store.chain(list(range(8 * lossy.TOKENS)))
+    assert store.store(chain, 0, LossyMemory()).chunks == 8
+    assert store.load(chain, LossyMemory(), 8 * lossy.TOKENS).chunks == 8
+    assert set(client.asked) == {None}
+    for _ in range(8):
+        costs.observe_load(TIER, nbytes=sum(map(len, client.chunks.values())), ms=load_ms)
+    client.asked.clear()
+    return client, costs, store, chain
+
+
+def test_a_level_that_turns_out_not_to_be_served_replaces_nothing() -> None:
+    _, _, store, chain = slow_lossy_store([0, 1, 2, 3], 32_000.0)
+    store._gates = [lossy.passes("ladder", 3)]
+    loaded = store.load(chain, LossyMemory(), 8 * lossy.TOKENS)
+    assert loaded.stop is not None
+    assert loaded.stop.reason == Reason.NOT_WORTH_IT
+    assert "may not be served" in loaded.stop.detail
+    assert not replaceable(loaded)

@@ -256,7 +256,7 @@ def test_any_rows_are_recovered_or_reported(rows: list[tuple[bytes, bytes]], bod
     good = ChunkEntry(key_of(1), 8 * IO_ALIGN, 5000, 7, ROOT)
     forged = pack_record(ChunkEntry(key_of(2), 0, 1, 1))[:8] + body
     found = recover([*rows, (key_of(1), pack_record(good)), (key_of(2), forged)], CAPACITY_BYTES)
-    assert found.entries == [good]
+    assert list(found.index) == [good]
     assert len(found.bad) == len(rows) + 1
     assert found.extents.used_bytes == 2 * IO_ALIGN
 

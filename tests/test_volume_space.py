@@ -7,6 +7,7 @@ from kvstore.tiers.catalog import Operation
 from kvstore.tiers.extents import ExtentAllocator
 from kvstore.tiers.groupcommit import Ticket
 from kvstore.tiers.index import ChunkEntry
+from kvstore.tiers.packed_index import new_index
 from kvstore.tiers.volume_space import Reservation, VolumeSpace
 
 PAGE = 4096
@@ -14,7 +15,7 @@ PAGE = 4096
 
 def new_space(pages: int = 8, entries_max: int = 100) -> VolumeSpace:
     """An empty space."""
-    return VolumeSpace(ExtentAllocator(pages * PAGE), [], entries_max)
+    return VolumeSpace(ExtentAllocator(pages * PAGE), new_index(), entries_max)
 
 
 def fill(space: VolumeSpace, number: int, pages: int, evictions: Ticket | None = None) -> Reservation | None:

@@ -29,7 +29,8 @@ from kvstore.errors import TierError, VolumeFormatError
 from kvstore.keys import KEY_BYTES
 from kvstore.tiers.evidence import Evidence
 from kvstore.tiers.extents import ExtentAllocator
-from kvstore.tiers.index import ChunkEntry
+from kvstore.tiers.index import ChunkEntry, ChunkIndex, Index
+from kvstore.tiers.packed_index import PackedIndex, native_table
 
 _log = logging.getLogger(__name__)
 
@@ -41,17 +42,11 @@ RECORD_BYTES = RECORD.size
 _CHECKED = 8
 """Where the part of a record that `check` covers begins."""
 
-_FIELDS = np.dtype(
-    [
-        ("volume", "<u2"),
-        ("zero", "<u2"),
-        ("check", "<u4"),
-        ("offset", "<u8"),
-        ("nbytes", "<u8"),
-        ("access", "<u8"),
-        ("parent", "V32"),
-    ]
-)
+_PROBLEMS = {
+    "size": "key of {key} and record of {record} bytes",
+    "checksum": "record is damaged (checksum)",
+    "twice": "the key is named twice",
+}
 
 Row = tuple[bytes, bytes | None]
 """(key, record) to write, (key, None) to delete."""
@@ -99,9 +94,9 @@ class BadRecord(msgspec.Struct, frozen=True):
 
 
 class Recovered(msgspec.Struct, frozen=True):
-    """What a catalog says a volume holds: the good chunks, least recently used first, and the records to drop."""
+    """What a catalog says a volume holds: the good chunks, and the records to drop."""
 
-    entries: list[ChunkEntry]
+    index: Index
     bad: list[BadRecord]
     extents: ExtentAllocator
 
@@ -125,42 +120,54 @@ def place_of(key: bytes, record: bytes, data_bytes: int) -> tuple[int, int] | No
     return (offset, nbytes) if nbytes and offset + nbytes <= data_bytes else None
 
 
-def recover(rows: Iterable[tuple[bytes, bytes]], data_bytes: int) -> Recovered:
+def recover(rows: Iterable[tuple[bytes, bytes]], data_bytes: int, expected: int = 0) -> Recovered:
     """Check every record of a catalog against its own check, the volume's size and all other records.
 
     Args:
         rows: (key, record) as they are in the catalog; untrusted bytes.
         data_bytes: size of the part of the volume that chunks lie in.
+        expected: about how many rows there are; right, it saves time.
 
     Records that do not add up are in `bad`; of extents that overlap, all are. `extents` is the allocator with exactly
     the good chunks taken, so nothing can leak.
     """
-    bad: list[BadRecord] = []
-    keys: list[bytes] = []
-    values: list[bytes] = []
-    for key, value in rows:
-        if len(key) != KEY_BYTES or len(value) != RECORD.size:
-            bad.append(BadRecord(key, f"key of {len(key)} and record of {len(value)} bytes"))
-        elif value[:_CHECKED] != _prefix(key, value[_CHECKED:]):
-            bad.append(BadRecord(key, "record is damaged (checksum)"))
-        else:
-            keys.append(key)
-            values.append(value)
-    fields = np.frombuffer(b"".join(values), dtype=_FIELDS)
+    index, bad = load_index(rows, expected)
     extents = ExtentAllocator(data_bytes)
     # What does not fit in 63 bits becomes negative here and is refused by the allocator.
-    refused = extents.claim_all(fields["offset"].astype(np.int64), fields["nbytes"].astype(np.int64))
-    refused |= fields["nbytes"] == 0
-    for at in np.flatnonzero(refused).tolist():
-        place = f"extent of {fields['nbytes'][at]} bytes at {fields['offset'][at]}"
-        bad.append(BadRecord(keys[at], f"{place} is out of range, not aligned, or overlaps another"))
-    order = np.argsort(fields["access"], kind="stable")
-    offsets, sizes, accesses = (fields[name].tolist() for name in ("offset", "nbytes", "access"))
-    entries = [
-        ChunkEntry(keys[at], offsets[at], sizes[at], accesses[at], values[at][-KEY_BYTES:])
-        for at in order[~refused[order]].tolist()
-    ]
-    return Recovered(entries, bad, extents)
+    offsets, sizes = index.extents()
+    refused = extents.claim_all(offsets.astype(np.int64), sizes.astype(np.int64))
+    refused |= sizes == 0
+    if refused.any():
+        for entry in [entry for entry, wrong in zip(index, refused, strict=True) if wrong]:
+            place = f"extent of {entry.nbytes} bytes at {entry.offset}"
+            bad.append(BadRecord(entry.key, f"{place} is out of range, not aligned, or overlaps another"))
+            index.remove(entry)
+    return Recovered(index, bad, extents)
+
+
+def load_index(rows: Iterable[tuple[bytes, bytes]], expected: int = 0) -> tuple[Index, list[BadRecord]]:
+    """The index of what sound records name, by access number, and the records that are not sound."""
+    table = native_table()
+    bad: list[BadRecord] = []
+    if table is not None:
+        for key, record, problem in table.load(rows, expected):
+            bad.append(BadRecord(key, _PROBLEMS[problem].format(key=len(key), record=len(record))))
+        return PackedIndex(table, table.last_access()), bad
+    entries: dict[bytes, ChunkEntry] = {}
+    for key, record in rows:
+        problem = ""
+        if len(key) != KEY_BYTES or len(record) != RECORD.size:
+            problem = "size"
+        elif record[:_CHECKED] != _prefix(key, record[_CHECKED:]):
+            problem = "checksum"
+        elif key in entries:
+            problem = "twice"
+        if problem:
+            bad.append(BadRecord(key, _PROBLEMS[problem].format(key=len(key), record=len(record))))
+        else:
+            _, _, _, offset, nbytes, access, parent = RECORD.unpack(record)
+            entries[key] = ChunkEntry(key, offset, nbytes, access, parent)
+    return ChunkIndex(sorted(entries.values(), key=lambda entry: entry.access)), bad
 
 
 class Catalog:
@@ -206,7 +213,7 @@ class Catalog:
         """Every (key, record), by key; nothing may be applied meanwhile. Raises VolumeFormatError if unreadable."""
         try:
             with self._environment.begin(db=self._records) as transaction:
-                yield from transaction.cursor()
+                yield from transaction.cursor().iternext()
         except lmdb.Error as error:
             raise _format_error(self._path, error) from error
 
@@ -223,6 +230,10 @@ class Catalog:
         self.position = position
         if self._used_bytes + FILL_BYTES_MIN > self._filled_bytes:
             self._fill()
+
+    def __len__(self) -> int:
+        with self._environment.begin() as transaction:
+            return int(transaction.stat(self._records)["entries"])
 
     @property
     def file_bytes(self) -> int:

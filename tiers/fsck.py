@@ -154,9 +154,9 @@ def _check_records(
     drop = [record.key for record in found.bad]
     for record in found.bad:
         report.add(Problem("record", record.problem, record.key.hex(), repaired=repair))
-    entries = {entry.key: entry for entry in found.entries}
+    entries = {entry.key: entry for entry in found.index}
     if deep or (repair and replayed.damage):
-        for entry, problem in _bad_chunks(report, directory / VOLUME_NAME, superblock, found.entries):
+        for entry, problem in _bad_chunks(report, directory / VOLUME_NAME, superblock, entries.values()):
             report.add(Problem("chunk", problem, entry.key.hex(), repaired=repair))
             drop.append(entry.key)
             if repair:

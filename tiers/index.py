@@ -7,10 +7,13 @@ children.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from kvstore.keys import ROOT
 
@@ -27,27 +30,56 @@ class ChunkEntry(msgspec.Struct, gc=False):
     pinned_until: float = 0.0
 
 
-class ChunkIndex:
-    """Chunks by key, least recently used first."""
+class Index(ABC):
+    """Chunks by key, and what to evict. How the chunks are kept is for the subclasses."""
 
-    def __init__(self, entries: Iterable[ChunkEntry] = ()) -> None:
-        self._entries = OrderedDict((entry.key, entry) for entry in entries)
-        self._children = Counter(entry.parent for entry in self._entries.values())
-        self._access = max((entry.access for entry in self._entries.values()), default=0)
+    def __init__(self) -> None:
+        self._access = 0
         self._pinned: dict[bytes, ChunkEntry] = {}
         self._reading: dict[bytes, ChunkEntry] = {}
-        self.dirty: dict[bytes, ChunkEntry] = {}
-        """Chunks used since their `access` was last written to the catalog."""
 
-    def __len__(self) -> int:
-        return len(self._entries)
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def __iter__(self) -> Iterator[ChunkEntry]:
-        return iter(self._entries.values())
+        """Every chunk, least recently used first. Add, use and remove none before the iteration has ended."""
 
+    @abstractmethod
     def get(self, key: bytes) -> ChunkEntry | None:
-        """The chunk, or None. Not a use."""
-        return self._entries.get(key)
+        """The chunk, or None. Not a use. While a chunk is pinned or read the answer is always the same object."""
+
+    @abstractmethod
+    def sizes(self, keys: Sequence[bytes]) -> list[int | None]:
+        """Bytes of each chunk, None where there is none."""
+
+    @abstractmethod
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Make each chunk that is there the most recently used, in the given order."""
+
+    @abstractmethod
+    def take_used(self, limit: int | None = None) -> list[ChunkEntry]:
+        """Some chunks, at most `limit`, used since they were last answered by this; without a limit all of them."""
+
+    @abstractmethod
+    def extents(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+        """Offset and bytes of every chunk, least recently used first."""
+
+    @abstractmethod
+    def _add(self, entry: ChunkEntry) -> bool:
+        """Add a chunk as the most recently used; False if it is there."""
+
+    @abstractmethod
+    def _remove(self, entry: ChunkEntry) -> None:
+        """Forget a chunk that is there."""
+
+    @abstractmethod
+    def _children(self, key: bytes) -> int:
+        """How many chunks that are there name this one, which is there, as their parent."""
+
+    @abstractmethod
+    def _by_use(self) -> Iterator[tuple[ChunkEntry, int]]:
+        """As `__iter__`, each with the number of its children."""
 
     def next_access(self) -> int:
         """A number larger than that of any use so far."""
@@ -56,25 +88,19 @@ class ChunkIndex:
 
     def add(self, entry: ChunkEntry) -> None:
         """Add a chunk as the most recently used. Its key must not be there."""
-        assert entry.key not in self._entries, "a chunk is added once"
-        self._entries[entry.key] = entry
-        self._children[entry.parent] += 1
+        added = self._add(entry)
+        assert added, "a chunk is added once"
 
     def remove(self, entry: ChunkEntry) -> None:
         """Forget a chunk; its readers, if any, go on holding the entry."""
-        del self._entries[entry.key]
-        self._children[entry.parent] -= 1
-        if not self._children[entry.parent]:
-            del self._children[entry.parent]
+        self._remove(entry)
         self._pinned.pop(entry.key, None)
         self._reading.pop(entry.key, None)
-        self.dirty.pop(entry.key, None)
 
     def use(self, entry: ChunkEntry) -> None:
         """Make a chunk the most recently used."""
-        entry.access = self.next_access()
-        self._entries.move_to_end(entry.key)
-        self.dirty[entry.key] = entry
+        self.touch([entry.key])
+        entry.access = self._access
 
     def start_reading(self, entry: ChunkEntry) -> None:
         """Protect a chunk until the matching `stop_reading`."""
@@ -99,7 +125,7 @@ class ChunkIndex:
         return pinned
 
     def protected(self, now: float) -> list[ChunkEntry]:
-        """Every chunk that may not be evicted now."""
+        """Every chunk that is pinned or being read now."""
         for entry in [entry for entry in self._pinned.values() if entry.pinned_until <= now]:
             self.unpin(entry, now)
         return list({**self._pinned, **self._reading}.values())
@@ -108,10 +134,10 @@ class ChunkIndex:
         """Every chunk that eviction has to leave: the protected ones, and those before them in their chains."""
         kept = {entry.key: entry for entry in self.protected(now)}
         for entry in list(kept.values()):
-            parent = self._entries.get(entry.parent)
+            parent = self.get(entry.parent)
             while parent is not None and parent.key not in kept:
                 kept[parent.key] = parent
-                parent = self._entries.get(parent.parent)
+                parent = self.get(parent.parent)
         return list(kept.values())
 
     def oldest(self, now: float) -> Iterator[ChunkEntry]:
@@ -122,16 +148,78 @@ class ChunkIndex:
         kept = {entry.key for entry in self.kept(now)}
         left: dict[bytes, int] = {}
         waiting: dict[bytes, ChunkEntry] = {}
-        for entry in self._entries.values():
+        for entry, children in self._by_use():
             if entry.key in kept:
                 continue
-            if left.setdefault(entry.key, self._children[entry.key]):
+            if left.setdefault(entry.key, children):
                 waiting[entry.key] = entry
                 continue
             leaving: ChunkEntry | None = entry
             while leaving is not None:
                 yield leaving
                 parent = leaving.parent
-                left[parent] = left.get(parent, self._children[parent]) - 1
+                left[parent] = left.get(parent, self._children(parent)) - 1
                 leaving = None if left[parent] else waiting.pop(parent, None)
         yield from waiting.values()  # only what is its own ancestor, which keys of a chain cannot be
+
+
+class ChunkIndex(Index):
+    """Chunks as Python objects, which may be of a subclass of ChunkEntry and stay the same; about 1 kB a chunk.
+
+    Args:
+        entries: what is there, least recently used first.
+    """
+
+    def __init__(self, entries: Iterable[ChunkEntry] = ()) -> None:
+        super().__init__()
+        self._entries = OrderedDict((entry.key, entry) for entry in entries)
+        self._child_counts = Counter(entry.parent for entry in self._entries.values())
+        self._access = max((entry.access for entry in self._entries.values()), default=0)
+        self._used: dict[bytes, ChunkEntry] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[ChunkEntry]:
+        return iter(self._entries.values())
+
+    def get(self, key: bytes) -> ChunkEntry | None:
+        return self._entries.get(key)
+
+    def sizes(self, keys: Sequence[bytes]) -> list[int | None]:
+        return [None if entry is None else entry.nbytes for entry in map(self._entries.get, keys)]
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        for key in keys:
+            if (entry := self._entries.get(key)) is not None:
+                entry.access = self.next_access()
+                self._entries.move_to_end(key)
+                self._used[key] = entry
+
+    def take_used(self, limit: int | None = None) -> list[ChunkEntry]:
+        count = len(self._used) if limit is None else min(limit, len(self._used))
+        return [self._used.popitem()[1] for _ in range(count)]
+
+    def extents(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+        offsets = np.array([entry.offset for entry in self], dtype=np.uint64)
+        return offsets, np.array([entry.nbytes for entry in self], dtype=np.uint64)
+
+    def _add(self, entry: ChunkEntry) -> bool:
+        if entry.key in self._entries:
+            return False
+        self._entries[entry.key] = entry
+        self._child_counts[entry.parent] += 1
+        return True
+
+    def _remove(self, entry: ChunkEntry) -> None:
+        del self._entries[entry.key]
+        self._used.pop(entry.key, None)
+        self._child_counts[entry.parent] -= 1
+        if not self._child_counts[entry.parent]:
+            del self._child_counts[entry.parent]
+
+    def _children(self, key: bytes) -> int:
+        return self._child_counts[key]
+
+    def _by_use(self) -> Iterator[tuple[ChunkEntry, int]]:
+        return ((entry, self._child_counts[entry.key]) for entry in self._entries.values())

@@ -201,14 +201,13 @@ class NvmeTier(Tier):
     def sizes(self, keys: Sequence[bytes]) -> list[int | None]:
         """Bytes of each chunk, None where there is none."""
         with self._volume.lock:
-            return [None if (entry := self._find(key)) is None else entry.nbytes for key in keys]
+            return [None] * len(keys) if self._closed else self._volume.space.index.sizes(keys)
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """Count a use of each chunk that is there."""
         with self._volume.lock:
-            for key in keys:
-                if (entry := self._find(key)) is not None:
-                    self._volume.space.index.use(entry)
+            if not self._closed:
+                self._volume.space.index.touch(keys)
 
     def delete(self, keys: Sequence[bytes]) -> list[bool]:
         """Remove chunks; returns when their removal is durable, or after COMMIT_WAIT_SECONDS."""

@@ -101,7 +101,7 @@ class OpenVolume:
             )
         epoch = new_epoch()
         self.catalog.apply(replayed.rows.items(), Position(epoch))
-        found = recover(self.catalog.rows(), superblock.data_bytes)
+        found = recover(self.catalog.rows(), superblock.data_bytes, len(self.catalog))
         if found.bad:
             _log.warning("%s: dropping %d bad records, first: %s", self.path, len(found.bad), found.bad[0].problem)
             self.catalog.apply([(record.key, None) for record in found.bad], Position(epoch))
@@ -110,7 +110,7 @@ class OpenVolume:
             "journal_pages_replayed": replayed.pages,
             "quarantined_bytes": 0,
         }
-        self.space = VolumeSpace(found.extents, found.entries, self.entries_max)
+        self.space = VolumeSpace(found.extents, found.index, self.entries_max)
         return epoch
 
     def _open_file(self, options: VolumeOptions, io: Io) -> ParallelFile:
@@ -173,9 +173,7 @@ class OpenVolume:
         They must be queued, or go into a checkpoint, before the lock is released or before anything queued later does:
         a record that overtook the deletion of its chunk would bring it back.
         """
-        dirty = self.space.index.dirty
-        taken = [dirty.popitem()[1] for _ in range(len(dirty) if limit is None else min(limit, len(dirty)))]
-        return [(entry.key, pack_record(entry)) for entry in taken]
+        return [(entry.key, pack_record(entry)) for entry in self.space.index.take_used(limit)]
 
     def ride_along(self) -> list[Row]:
         """Some access numbers for a checkpoint that happens anyway; called by the thread that commits deletions."""

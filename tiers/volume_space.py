@@ -8,15 +8,13 @@ reserved at once, but must not be written to before.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import msgspec
 
 from kvstore.tier import Usage
 from kvstore.tiers.catalog import Operation
 from kvstore.tiers.extents import ExtentAllocator
 from kvstore.tiers.groupcommit import Ticket
-from kvstore.tiers.index import ChunkEntry, ChunkIndex
+from kvstore.tiers.index import ChunkEntry, Index
 
 
 class Reservation(msgspec.Struct, frozen=True):
@@ -30,13 +28,13 @@ class VolumeSpace:
     """Places for chunks.
 
     Args:
-        extents: the allocator, with the extents of `entries` taken.
-        entries: the chunks that are there, least recently used first.
+        extents: the allocator, with the extents of the indexed chunks taken.
+        index: the chunks that are there.
         entries_max: how many chunks there may be, those being filled included.
     """
 
-    def __init__(self, extents: ExtentAllocator, entries: Iterable[ChunkEntry], entries_max: int) -> None:
-        self.index = ChunkIndex(entries)
+    def __init__(self, extents: ExtentAllocator, index: Index, entries_max: int) -> None:
+        self.index = index
         self._extents = extents
         self._entries_max = entries_max
         self._filling = 0

@@ -8,6 +8,7 @@
 #include <new>
 #include <vector>
 
+#include "chunk_table_python.h"
 #include "exponents_python.h"
 #include "glue.h"
 #include "ladder_python.h"
@@ -206,6 +207,7 @@ PyMethodDef methods[] = {
 PyModuleDef_Slot slots[] = {{Py_mod_exec, reinterpret_cast<void*>(kvstore::r32::add_to_module)},
                             {Py_mod_exec, reinterpret_cast<void*>(kvstore::exponents::add_to_module)},
                             {Py_mod_exec, reinterpret_cast<void*>(kvstore::ladder::add_to_module)},
+                            {Py_mod_exec, reinterpret_cast<void*>(kvstore::chunk_table::add_to_module)},
                             {0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "kvstore._native", "Byte-moving kernels in C++; see kvstore.kernels.",

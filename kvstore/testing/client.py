@@ -17,9 +17,8 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from kvstore.client import QUALITY_EXACT, Client, Order, Origin, PutChunk
-from kvstore.codecs import registry
-from kvstore.container import check_segment, parse
+from kvstore.client import Client, Order, PutChunk
+from kvstore.container import parse
 from kvstore.errors import ConfigError
 from kvstore.keys import ROOT
 from kvstore.outcome import Reason
@@ -34,9 +33,10 @@ from kvstore.testing.client_harness import (
     put_chunk,
     put_samples,
 )
+from kvstore.testing.client_quality import QualityContract
 
 
-class ClientContract(EventsContract):
+class ClientContract(EventsContract, QualityContract):
     """What `kvstore.client.Client` promises."""
 
     @pytest.mark.parametrize("order", ["chunk", "layer"])
@@ -51,39 +51,6 @@ class ClientContract(EventsContract):
         containers: list[bytes | None] = [*put_samples(client, keys[:2]), None, *put_samples(client, keys[3:])]
         ended = collect(client.fetch(keys, order=order), containers)
         assert ended == {0: None, 1: None, 2: Reason.ABSENT, 3: None, 4: None}
-
-    @pytest.mark.parametrize("order", ["chunk", "layer"])
-    def test_exact_chunks_have_every_quality(self, client: Client, order: Order) -> None:
-        keys = sample_keys(3)
-        containers = put_samples(client, keys)
-        parts = client.fetch(keys, order=order, min_quality=QUALITY_EXACT)
-        assert collect(parts, containers) == dict.fromkeys(range(3))
-
-    def test_lossy_chunks_are_decoded_by_the_store_on_request(self, client: Client) -> None:
-        keys = sample_keys(3)
-        lossy = sample_container(keys[1], codec=registry.get("int8"))
-        client.put([put_chunk(keys[1], lossy)])
-        containers = [put_samples(client, keys[:1])[0], None, put_samples(client, keys[2:])[0]]
-        seen = {}
-        for part in client.fetch(keys, decode=True):
-            assert part.miss is None
-            assert part.header is not None
-            assert part.header.codec == "raw"
-            seen[part.index] = part.origin
-            for group in part.groups:
-                for segment, view in group:
-                    check_segment(segment, view)
-                    source = containers[part.index]
-                    if source is not None:
-                        assert bytes(view) == source[segment.offset : segment.offset + segment.length]
-        assert seen == {0: None, 1: Origin(codec="int8", profile=ROOT.hex(), level=0), 2: None}
-        ended = collect(client.fetch(keys, min_quality=1), [containers[0], lossy, containers[2]])
-        assert ended == {0: None, 1: Reason.LOW_QUALITY, 2: None}
-
-    @pytest.mark.parametrize("options", [{"min_quality": 256}, {"min_quality": -1}, {"order": "layer", "decode": True}])
-    def test_a_fetch_that_cannot_be_is_refused(self, client: Client, options: dict[str, Any]) -> None:
-        with pytest.raises(ConfigError):
-            list(client.fetch(sample_keys(1), **options))
 
     def test_chunk_order_is_the_order_of_the_keys(self, client: Client) -> None:
         keys = sample_keys(6)

@@ -85,3 +85,12 @@ def oracle_ms(link: Link, prompt: Prompt, deadline_ms: float = float("inf")) -> 
         total -= saving
         best = min(best, now + total)
     return best
+
+
+def load_all_ms(link: Link, prompt: Prompt) -> float:
+    """What loading every chunk and computing the rest takes, however long that is."""
+    flowing, now = link.latency_ms, 0.0
+    for sizes in prompt.nbytes:
+        flowing = link.arrival_ms(flowing, sizes[0])
+        now = max(now, flowing) + prompt.decode_ms
+    return now + prompt.rest_ms

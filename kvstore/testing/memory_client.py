@@ -16,6 +16,7 @@ from kvstore.errors import ContainerError
 from kvstore.events import EventFilter, EventRing, EventStream, RingStream
 from kvstore.explaining import Explanation, explain_chain
 from kvstore.kernels import xxh3
+from kvstore.levels import parse_up_to
 from kvstore.outcome import Lookup, Miss, PutStatus, Reason
 
 TIER = "memory"
@@ -55,6 +56,7 @@ class MemoryClient(Client):
         order: Order = "chunk",
         deadline_ms: float | None = None,
         min_quality: int = 0,
+        max_quality: int | None = None,
         decode: bool = False,
     ) -> Iterator[Part]:
         self.calls.append("fetch")
@@ -62,23 +64,23 @@ class MemoryClient(Client):
         if order == "chunk":
             for index, key in enumerate(keys):
                 late = deadline is not None and time.monotonic() > deadline
-                yield Part(index, miss=Miss(Reason.DEADLINE)) if late else self.part(index, key)
+                yield Part(index, miss=Miss(Reason.DEADLINE)) if late else self.part(index, key, max_quality)
             return
-        parts = [self.part(index, key) for index, key in enumerate(keys)]
+        parts = [self.part(index, key, max_quality) for index, key in enumerate(keys)]
         yield from (part for part in parts if part.miss is not None)
         for group in range(max((len(part.groups) for part in parts), default=0)):
             for part in parts:
                 if group < len(part.groups):
                     yield Part(part.index, header=part.header, groups=(part.groups[group],))
 
-    def part(self, index: int, key: bytes) -> Part:
-        """One whole chunk, or its miss."""
+    def part(self, index: int, key: bytes, max_quality: int | None = None) -> Part:
+        """One whole chunk up to a level, or its miss."""
         container = self.chunks.get(key)
         if container is None:
             return Part(index, miss=Miss(Reason.ABSENT))
         view = memoryview(container)
         try:
-            header = parse(view)
+            header = parse_up_to(view, max_quality, available=len(view))
         except ContainerError as error:
             return Part(index, miss=Miss(error.reason, error.detail))
         return Part(index, header=header, groups=tuple(group_segments(header, view)))
@@ -159,17 +161,25 @@ class FaultyClient(MemoryClient):
         order: Order = "chunk",
         deadline_ms: float | None = None,
         min_quality: int = 0,
+        max_quality: int | None = None,
         decode: bool = False,
     ) -> Iterator[Part]:
         self._before("fetch")
-        return super().fetch(keys, order=order, deadline_ms=deadline_ms, min_quality=min_quality, decode=decode)
+        return super().fetch(
+            keys,
+            order=order,
+            deadline_ms=deadline_ms,
+            min_quality=min_quality,
+            max_quality=max_quality,
+            decode=decode,
+        )
 
-    def part(self, index: int, key: bytes) -> Part:
+    def part(self, index: int, key: bytes, max_quality: int | None = None) -> Part:
         if self.before_part is not None:
             self.before_part(index)
         if key in self.miss:
             return Part(index, miss=Miss(self.miss[key], "on demand"))
-        return super().part(index, key)
+        return super().part(index, key, max_quality)
 
     def _before(self, verb: str) -> None:
         if verb in self.before:

@@ -1,0 +1,289 @@
+"""`KVStoreConnector`: vLLM's side of the connector, a thin shell around `planning` and `transfers`.
+
+    vllm serve MODEL --kv-transfer-config '{"kv_connector": "KVStoreConnector", "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute", "kv_connector_extra_config": {"url": "unix:/run/kvstore.sock"}}'
+
+vLLM makes one instance in its scheduler and one in each worker. No exception leaves a hook once the engine has started.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+from vllm.distributed.parallel_state import get_tp_group
+
+from kvstore.connectors.vllm.access import StoreAccess, check_codec
+from kvstore.connectors.vllm.geometry import checkpoint_files, read_geometry
+from kvstore.connectors.vllm.layouts import kv_views
+from kvstore.connectors.vllm.lookups import Lookups
+from kvstore.connectors.vllm.messages import StepPlan, StepReport
+from kvstore.connectors.vllm.naming import ModelName
+from kvstore.connectors.vllm.paged import HeadShare, PagedKV
+from kvstore.connectors.vllm.planning import Planner
+from kvstore.connectors.vllm.plugin import register
+from kvstore.connectors.vllm.ranks import HeadExchange
+from kvstore.connectors.vllm.settings import read_settings
+from kvstore.connectors.vllm.stats import PromMetrics, Stats
+from kvstore.connectors.vllm.transfers import Transfers
+from kvstore.errors import UnsupportedModelError
+
+RANK_SLACK_SECONDS = 30.0
+"""Longest wait of one tensor-parallel rank for another, beyond the deadlines of the store."""
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Metadata(KVConnectorMetadata):
+    """What the scheduler's instance tells the workers'."""
+
+    plan: StepPlan = field(default_factory=StepPlan)
+
+
+@dataclass
+class WorkerMetadata(KVConnectorWorkerMetadata):
+    """What a worker's instance tells the scheduler's."""
+
+    report: StepReport = field(default_factory=StepReport)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerMetadata:
+        """Both workers' words."""
+        assert isinstance(other, WorkerMetadata)
+        return WorkerMetadata(self.report.merge(other.report))
+
+
+def _guarded(default: Callable[[], Any]) -> Callable[[Hook], Hook]:
+    """Make a hook answer `default()` instead of raising: the store may cost the engine its hits, never a request."""
+
+    def decorate(hook: Hook) -> Hook:
+        @functools.wraps(hook)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return hook(*args, **kwargs)
+            except Exception:
+                _log.exception("%s failed", hook.__name__)
+                return default()
+
+        return guarded  # type: ignore[return-value]
+
+    return decorate
+
+
+class KVStoreConnector(KVConnectorBase_V1):
+    """See the module's text.
+
+    Raises:
+        ConfigError, CodecError: a setting is wrong.
+        UnsupportedModelError: the engine's KV cannot be served; names what and why.
+    """
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        transfer = vllm_config.kv_transfer_config
+        self._settings = read_settings(transfer.kv_connector_extra_config)
+        check_codec(self._settings.codec)
+        self._geometry = read_geometry(vllm_config, kv_cache_config)
+        self._access = StoreAccess(self._settings)
+        self._transfers: Transfers | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            model = vllm_config.model_config
+            self._name = ModelName(
+                self._settings,
+                self._geometry.spec,
+                checkpoint_files(vllm_config, self._settings),
+                {**model.hf_config.to_dict(), "model_dtype": str(model.dtype)},
+                model.quantization or "",
+            )
+            self._lookups = Lookups(self._access, self._name.scheme_wait)
+            self._planner = Planner(
+                self._settings,
+                block_tokens=self._geometry.block_tokens,
+                workers=self._geometry.ranks,
+                lookups=self._lookups,
+                scheme=self._name.scheme,
+                reads=transfer.is_kv_consumer,
+                writes=transfer.is_kv_producer,
+            )
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """False: a save that is lost is a miss later on."""
+        return False
+
+    # The workers' side, in the order of vLLM's calls.
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Take note of the engine's blocks. Raises UnsupportedModelError if their layout is not known."""
+        spec, ranks = self._geometry.spec, self._geometry.ranks
+        group = get_tp_group()
+        share = HeadShare.of(spec.kv_heads, ranks, group.rank_in_group)
+        layers = []
+        for name in self._geometry.layer_names:
+            if name not in kv_caches:
+                raise UnsupportedModelError(f"the attention layer {name!r} has no KV of its own")
+            layers.append(
+                kv_views(
+                    self._layout(name),
+                    kv_caches[name],
+                    heads=share.stop - share.start,
+                    key_dim=spec.key_dim,
+                    value_dim=spec.value_dim,
+                )
+            )
+        exchange = None
+        if ranks > 1 and self._kv_transfer_config.is_kv_producer:
+            seconds = self._settings.store_deadline_ms / 1e3 + RANK_SLACK_SECONDS
+            exchange = HeadExchange(
+                group.ranks, group.rank_in_group, spec, self._settings.chunk_tokens, timeout_seconds=seconds
+            )
+        pages = PagedKV(spec, layers, share, self._geometry.block_tokens)
+        self._transfers = Transfers(self._settings, self._access, pages, exchange)
+
+    @_guarded(lambda: None)
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """Stop reading the blocks of preempted requests, before they are written again."""
+        if self._transfers is not None:
+            self._transfers.abandon(_plan(kv_connector_metadata))
+
+    @_guarded(lambda: None)
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Start this step's loads, and end those that the forward pass needs."""
+        if self._transfers is not None:
+            self._transfers.load(_plan(self._connector_metadata))
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: what the forward pass needs has been loaded before it."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing: chunks of all layers are saved after the forward pass."""
+
+    @_guarded(lambda: None)
+    def wait_for_save(self) -> None:
+        """Queue this step's saves; does not wait for them."""
+        if self._transfers is not None:
+            self._transfers.save(_plan(self._connector_metadata))
+
+    @_guarded(lambda: (None, None))
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Requests whose blocks are no longer read, and requests whose load has ended."""
+        return (None, None) if self._transfers is None else self._transfers.finished()
+
+    @_guarded(set)
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks that could not be loaded."""
+        return set() if self._transfers is None else self._transfers.bad_blocks()
+
+    @_guarded(lambda: None)
+    def build_connector_worker_meta(self) -> WorkerMetadata | None:
+        """What the scheduler's instance has to know."""
+        report = None if self._transfers is None else self._transfers.report()
+        return None if report is None else WorkerMetadata(report)
+
+    # The scheduler's side.
+
+    @_guarded(lambda: None)
+    def on_new_request(self, request: Any) -> None:
+        """Ask the store about the prompt."""
+        self._planner.add(request)
+
+    @_guarded(lambda: (0, False))
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Tokens that the store has behind those the engine has; None while that is not known."""
+        return self._planner.matched(request, num_computed_tokens)
+
+    @_guarded(lambda: None)
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Plan the load of what is to be loaded into the request's blocks."""
+        if num_external_tokens:
+            self._planner.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    @_guarded(Metadata)
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        """What the workers shall do at this step."""
+        blocks = scheduler_output.kv_connector_block_state
+        plan = self._planner.plan(
+            scheduler_output.num_scheduled_tokens,
+            lambda request_id: blocks.get_block_ids(request_id)[0],
+            scheduler_output.preempted_req_ids or (),
+        )
+        return Metadata(plan.named(self._name.now()))
+
+    @_guarded(lambda: None)
+    def update_connector_output(self, connector_output: Any) -> None:
+        """Take note of what the workers have done."""
+        metadata = connector_output.kv_connector_worker_meta
+        if isinstance(metadata, WorkerMetadata):
+            self._planner.report(metadata.report)
+
+    @_guarded(lambda: (False, None))
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Whether the request's blocks must be kept until they have been saved."""
+        return self._planner.finished(request), None
+
+    def reset_cache(self) -> bool:
+        """Share nothing with what was stored before: the weights may have been changed in place."""
+        self._name.renew()
+        return True
+
+    # Both sides.
+
+    @_guarded(lambda: None)
+    def get_kv_connector_stats(self) -> Stats | None:
+        """What has been counted since the last call."""
+        if self._role is KVConnectorRole.SCHEDULER:
+            counts: dict[str, Any] = self._planner.take_counts()
+        else:
+            counts = {} if self._transfers is None else self._transfers.counts()
+        return Stats(data=counts) if counts else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Stats:
+        """The counters in another process."""
+        return Stats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> PromMetrics:
+        """The counters on vLLM's Prometheus endpoint."""
+        return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    @_guarded(lambda: None)
+    def shutdown(self) -> None:
+        """End what is under way, within the store's deadline."""
+        if self._transfers is not None:
+            self._transfers.close(self._settings.store_deadline_ms / 1e3)
+        if self._role is KVConnectorRole.SCHEDULER:
+            self._lookups.close()
+        self._access.close()
+
+    def _layout(self, name: str) -> str:
+        """The layout of a layer's blocks, as `layouts` names it."""
+        layer = self._vllm_config.compilation_config.static_forward_context[name]
+        backend: str = layer.get_attn_backend().get_name()
+        return f"{backend}/{getattr(layer, 'isa', 'unknown')}" if backend == "CPU_ATTN" else backend
+
+
+def _plan(metadata: KVConnectorMetadata | None) -> StepPlan:
+    assert isinstance(metadata, Metadata)
+    return metadata.plan
+
+
+register()  # by its module path alone vLLM's MultiConnector would not find it

@@ -1,0 +1,70 @@
+"""What the store knows of a prompt, asked by threads so that the engine's loop never waits for the store."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import msgspec
+
+from kvstore.client import Client
+from kvstore.connectors.vllm.access import StoreAccess
+from kvstore.keys import KeyScheme
+from kvstore.outcome import Lookup, Miss, Reason
+
+LOOKUP_THREADS = 2
+LOOKUPS_MAX = 4096
+
+Schemes = Callable[[str], KeyScheme]
+"""The key scheme of a cache salt; waits until the model's fingerprint is known."""
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """The keys of a prompt's full chunks, how many leading ones the store has, and when it said so (monotonic)."""
+
+    chain: list[bytes]
+    chunks: int
+    stop: Miss | None
+    at: float
+
+
+class Lookups:
+    """Asks a store about prompts in the background.
+
+    Args:
+        access: the way to the store.
+        schemes: the keys of prompts.
+    """
+
+    def __init__(self, access: StoreAccess, schemes: Schemes) -> None:
+        self._access = access
+        self._schemes = schemes
+        self._free = threading.BoundedSemaphore(LOOKUPS_MAX)
+        self._pool = ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="kvstore-lookup")
+
+    def ask(self, tokens: Sequence[int], cache_salt: str) -> Future[Answer]:
+        """What the store has of a prompt; an empty answer at once if too many are being asked for."""
+        if not self._free.acquire(blocking=False):
+            refused: Future[Answer] = Future()
+            stop = Miss(Reason.BUSY, f"{LOOKUPS_MAX} lookups are waiting")
+            refused.set_result(Answer([], 0, stop, time.monotonic()))
+            return refused
+        future = self._pool.submit(self._ask, tokens, cache_salt)
+        future.add_done_callback(lambda _: self._free.release())
+        return future
+
+    def close(self) -> None:
+        """Answer nothing any more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _ask(self, tokens: Sequence[int], cache_salt: str) -> Answer:
+        chain: list[bytes] = []
+        try:
+            chain = self._schemes(cache_salt).chain(tokens)
+            client = self._access.client()
+            found = client.lookup(chain) if isinstance(client, Client) else Lookup((), client)
+        except Exception as error:  # whatever goes wrong with the store must not reach the engine
+            found = Lookup((), Miss(Reason.UNAVAILABLE, f"{type(error).__name__}: {error}".splitlines()[0]))
+        return Answer(chain, found.chunks, found.stop, time.monotonic())

@@ -1,0 +1,1 @@
+"""Cache policies, one a file. `registry` opens them by name; `kvstore.tiers.policy` is their contract."""
