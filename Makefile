@@ -1,4 +1,4 @@
-# The only verbs: demo, test, lint, check, bench, gpu-check, chaos, test-lmcache, clean.
+# The only verbs: demo, test, lint, check, bench, gpu-check, chaos, simulate, soak, test-vllm, test-lmcache, clean.
 # Everything they need is installed into .venv first.
 
 PYTHON ?= python3
@@ -6,6 +6,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SUITE  ?= tiers
+N      ?= 100000
+MINUTES ?= 30
+VLLM_VENV ?= .venv-vllm
 
 export PYTHONUNBUFFERED := 1
 export HF_HUB_OFFLINE := 1
@@ -13,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 # Waiting OpenMP threads that spin cost minutes on busy cores.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test lint check bench gpu-check chaos test-lmcache clean install
+.PHONY: demo test lint check bench gpu-check chaos simulate soak test-vllm test-lmcache clean install
 .DEFAULT_GOAL := check
 
 install: $(STAMP)
@@ -46,14 +49,27 @@ bench: $(STAMP)
 gpu-check: $(STAMP)
 	$(BIN)/python -m kvstore.bench.gpu_check
 
-# Two hundred rounds of kill -9 against the nvme tier and the daemon.
+# Two hundred rounds of kill -9 against the nvme tier and the daemon, and the other events of docs/kill_matrix.md.
 chaos: $(STAMP)
 	$(BIN)/python tests/chaos/kill_nvme.py --rounds 200
 	$(BIN)/python tests/chaos/kill_daemon.py --rounds 200
+	$(BIN)/python -m pytest tests/test_chaos_events.py tests/test_limits_reached.py
+
+# A hundred thousand random schedules of the store, in virtual time; a seed that fails is named and plays the same again.
+simulate: $(STAMP)
+	$(BIN)/python -m kvstore.testing.simulation --count $(N) --jobs $$(nproc)
+
+# A daemon under full load; fails if its memory grows.
+soak: $(STAMP)
+	$(BIN)/python tests/chaos/soak.py --minutes $(MINUTES)
+
+# With vLLM on the CPU, in an environment of its own that is built once (3.5 GB).
+test-vllm: $(STAMP)
+	$(BIN)/python tests/engines/run.py --venv $(VLLM_VENV) $(ARGS)
 
 # With LMCache, in an environment of its own that is built once: kvstore's tests and LMCache's own on kvstore's adapters.
 test-lmcache: $(STAMP)
 	$(BIN)/python tests/lmcache/run.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-lmcache build dist *.egg-info kvstore/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm .venv-lmcache build dist *.egg-info kvstore/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

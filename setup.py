@@ -13,7 +13,7 @@ CODECS = "kvstore/codecs/native"
 TIERS = "kvstore/tiers/native"
 EXPONENTS = ("python", "loops", "fixed", "planes")
 LADDER = ("python", "avx512", "decode", "encode", "loops", "output")
-R32 = ("python", "decode", "encode", "pack", "dispatch", "scalar", "avx2", "avx512")
+R32 = ("python", "decode", "encode", "pack", "dispatch", "scalar", "avx2", "avx512", "avx512_digits")
 
 setup(
     ext_modules=[
@@ -41,7 +41,10 @@ setup(
                 f"{CODECS}/ladder.h",
                 *(f"{CODECS}/ladder_{part}.h" for part in ("avx512", "decode", "loops", "plan", "python")),
                 f"{CODECS}/r32.h",
-                *(f"{CODECS}/r32_{part}.h" for part in ("digits", "kernels", "python", "step", "threads")),
+                *(
+                    f"{CODECS}/r32_{part}.h"
+                    for part in ("avx512_digits", "digits", "kernels", "python", "step", "threads")
+                ),
                 f"{TIERS}/chunk_table.h",
                 f"{TIERS}/chunk_table_python.h",
             ],

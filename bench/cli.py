@@ -32,20 +32,33 @@ SUITES: dict[str, tuple[tuple[str, ...], str]] = {
         "codecs: bits for error against rivals, speed, the entropy coder (trained models need the torch extra)",
     ),
     "engine": (
-        ("kvstore.bench.engine_index", "kvstore.bench.engine_plan"),
-        "the index of 10^4 to 10^6 chunks; load or recompute: the controller on simulated links against an oracle",
+        (
+            "kvstore.bench.engine_index",
+            "kvstore.bench.engine_plan",
+            "kvstore.bench.engine_movement",
+            "kvstore.bench.engine_promotion",
+        ),
+        "the index of 10^4 to 10^6 chunks; load or recompute: the controller on simulated links against an oracle; "
+        "parking and resuming contexts; what memory should keep",
+    ),
+    "peers": (
+        ("kvstore.bench.peers_lmcache",),
+        "kvstore and LMCache on the same disk and memory (needs what `make test-lmcache` builds)",
     ),
     "replay": (
-        ("kvstore.bench.replay",),
+        ("kvstore.bench.replay", "kvstore.bench.replay_store"),
         "hit ratios and writes of every cache policy on a trace (--trace) or a made-up one",
     ),
     "service": (("kvstore.bench.service",), "the daemon against memcpy and a bare socket"),
     "ttft": (
         ("kvstore.bench.ttft",),
-        "time to first token, cold against warm, on a model of 0.5B geometry (needs the torch extra)",
+        "time to first token, cold against warm, on a model of 0.5B geometry (needs the torch extra, or vLLM)",
     ),
 }
 """Suite -> modules with `measure(directory, quick) -> {metric: number}`, and what it measures."""
+
+ENGINES = {"transformers": ("kvstore.bench.ttft",), "vllm": ("kvstore.bench.ttft_vllm",)}
+"""What the suite ttft measures with each engine."""
 
 
 class BenchError(KVStoreError):
@@ -78,7 +91,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--trace", metavar="FILE", type=Path, help="suite replay: JSON lines with timestamp, input_length, hash_ids, …"
     )
+    parser.add_argument(
+        "--engine", choices=sorted(ENGINES), help="suite ttft: transformers (the default), or vllm if it is installed"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.engine and arguments.suite != "ttft":
+        parser.error("--engine is for the suite ttft")
     if arguments.trace and arguments.suite != "replay":
         parser.error("--trace is for the suite replay")
     options = {"trace": arguments.trace} if arguments.trace else {}
@@ -86,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
         if arguments.suite != "codec":
             parser.error("--plot is for the suite codec")
         codec_plot.check(arguments.plot)
-    modules, _ = SUITES[arguments.suite]
+    modules = ENGINES[arguments.engine] if arguments.engine else SUITES[arguments.suite][0]
     metrics: dict[str, float] = {}
     # Not the system's temporary directory: that is often memory, and this measures a disk.
     with tempfile.TemporaryDirectory(prefix=".kvstore-bench-", dir=arguments.dir or ".") as directory:

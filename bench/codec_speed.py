@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from kvstore import kernels
 from kvstore.bench.kv_samples import SampleChunk, Samples
 from kvstore.bench.ladder_samples import ladder_profile
-from kvstore.bench.timing import median, paired, seconds
+from kvstore.bench.timing import cpu_seconds, median, paired, seconds
 from kvstore.chunk import decode_groups, encode_chunk, encoded_bytes_max, group_segments
 from kvstore.codec import Codec, LayerSegments
 from kvstore.codecs import registry
@@ -31,13 +31,15 @@ TURNOVER = 3
 def measure(quick: bool) -> dict[str, float]:
     """`codec.<id>.{encode,decode}_gb_per_second` of bf16 and ratios, on chunks of Llama-3-8B's layers.
 
-    `codec.ladder_<grouping>` is the ladder with a profile. `decode_two_threads` is the speed with two threads over that
-    with one, and `codec.two_threads_yardstick` the same of hashing in the cache: what this machine gives to any code.
+    `{encode,decode}_cpu_gb_per_second` is by the processor time of one thread. `codec.ladder_<grouping>` is the ladder
+    with a profile. `decode_two_threads` is the speed with two threads over that with one, and
+    `decode_two_threads_vs_yardstick` that over the same of hashing in the cache, measured in turn: what this machine
+    gives to any code at the moment.
     """
     rounds = 3 if quick else 9
     spec = _spec(layers=2 if quick else 16)
     chunks = [_chunk(spec, seed) for seed in range(TURNOVER)]
-    metrics = {"codec.two_threads_yardstick": _yardstick(rounds)}
+    metrics: dict[str, float] = {}
     for name in CODECS:
         metrics |= _measure_codec(name, registry.get(name), spec, chunks, rounds)
     spec = _spec(layers=2 if quick else 4)
@@ -59,6 +61,7 @@ def _measure_codec(name: str, codec: Codec, spec: KVSpec, chunks: Sequence[KVArr
         return encode_chunk(codec, meta, chunks[at], buffers[at])
 
     encode_seconds = median([seconds(encode) for _ in range(max(rounds, len(chunks)))])
+    encode_cpu_seconds = median([cpu_seconds(encode) for _ in range(rounds)])
     groups = [list(group_segments(parse(buffer), buffer)) for buffer in buffers]
     targets = [spec.arrays(bytearray(nbytes), TOKENS) for _ in chunks]
     flat = [np.full(nbytes, at, dtype=np.uint8) for at in range(len(chunks))]
@@ -72,11 +75,16 @@ def _measure_codec(name: str, codec: Codec, spec: KVSpec, chunks: Sequence[KVArr
         flat[at][:] = flat[at - 1]
 
     decode_seconds, _, ratio = paired(decode, copy, rounds=rounds)
+    decode_cpu_seconds = median([cpu_seconds(decode) for _ in range(rounds)])
+    gains = [(_two_threads(decode), _two_threads(_hash)) for _ in range(rounds)]
     metrics = {
         f"codec.{name}.encode_gb_per_second": nbytes / encode_seconds / 1e9,
         f"codec.{name}.decode_gb_per_second": nbytes / decode_seconds / 1e9,
         f"codec.{name}.chunk_bits": _segment_bits(groups[0], nbytes // spec.itemsize),
-        f"codec.{name}.decode_two_threads": paired(lambda: decode(2), decode, rounds=rounds)[2],
+        f"codec.{name}.encode_cpu_gb_per_second": nbytes / encode_cpu_seconds / 1e9,
+        f"codec.{name}.decode_cpu_gb_per_second": nbytes / decode_cpu_seconds / 1e9,
+        f"codec.{name}.decode_two_threads": median([own for own, _ in gains]),
+        f"codec.{name}.decode_two_threads_vs_yardstick": median([own / yardstick for own, yardstick in gains]),
     }
     for levels in range(1, len(groups[0][0]) if isinstance(codec, LadderCodec) else 0):
         level_seconds = median([seconds(partial(decode, levels=levels)) for _ in range(rounds)])
@@ -86,14 +94,14 @@ def _measure_codec(name: str, codec: Codec, spec: KVSpec, chunks: Sequence[KVArr
     return metrics
 
 
-def _yardstick(rounds: int) -> float:
-    """Speed of hashing on two threads over that on one; the bytes stay in the cache."""
-    data = bytes(YARDSTICK_BYTES)
+def _two_threads(work: Callable[[int], None]) -> float:
+    """Speed of some work on two threads over that on one."""
+    return seconds(lambda: work(1)) / seconds(lambda: work(2))
 
-    def work(threads: int) -> None:
-        for_each(kernels.xxh3, [data] * YARDSTICK_HASHES, threads)
 
-    return paired(lambda: work(2), lambda: work(1), rounds=rounds)[2]
+def _hash(threads: int) -> None:
+    """The yardstick: bytes that stay in the cache."""
+    for_each(kernels.xxh3, [bytes(YARDSTICK_BYTES)] * YARDSTICK_HASHES, threads)
 
 
 class _Turn:

@@ -22,10 +22,11 @@ from kvstore.bench.timing import seconds
 from kvstore.keys import ROOT
 from kvstore.store import Store
 from kvstore.tier import IO_ALIGN
-from kvstore.tiers.catalog import Catalog, pack_record
+from kvstore.tiers.catalog import Catalog
 from kvstore.tiers.dram import DramTier
 from kvstore.tiers.index import ChunkEntry
 from kvstore.tiers.nvme import NvmeTier
+from kvstore.tiers.records import pack_record
 from kvstore.tiers.volume import CATALOG_NAME, ENTRY_BYTES_MIN, VOLUME_NAME, entries_max, read_superblock
 
 SIZES = (10_000, 100_000, 1_000_000)

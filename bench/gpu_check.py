@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 import kvstore
-from kvstore.bench import gpu_hbm, gpu_r32
+from kvstore.bench import gpu_hbm, gpu_ladder, gpu_r32
 from kvstore.connectors.transformers import TransformersConnector
 from kvstore.testing.models import FAMILIES, random_model
 
@@ -62,6 +62,7 @@ CHECKS: list[Check] = [
     ("device", device),
     ("transformers connector", connector_is_exact),
     *gpu_r32.checks(),
+    *gpu_ladder.checks(),
     *gpu_hbm.checks(),
 ]
 

@@ -5,9 +5,10 @@ names another.
 
 engine.l2_load_vs_ADAPTER    `lmcache bench l2 --only load`, cold: kvstore's L2 plugin over an nvme tier against
                              LMCache's own adapter on the same disk, times faster; `l2_store_vs_*` likewise
-engine.retrieve_vs_lmcache   warm retrieve of the same bytes into the same paged layout: a kvstore daemon over shared
-                             memory (looked up, fetched, every byte verified) against RETRIEVE of `lmcache server`, by
-                             `lmcache bench server --mode cpu --transfer-mode lmcache_driven`, times faster
+engine.retrieve_vs_lmcache   warm retrieve of the same bytes into the same paged layout: a fetch from a kvstore daemon
+                             over shared memory, every byte verified, against RETRIEVE of `lmcache server`, by `lmcache
+                             bench server --mode cpu --transfer-mode lmcache_driven`, times faster;
+                             `lookup_vs_lmcache`: the question before it
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ which also compares checksums; the two take turns.
 from __future__ import annotations
 
 import contextlib
+import math
+import mmap
 import re
 import socket
 import subprocess
@@ -42,19 +44,23 @@ _LOOKUP_HIT = re.compile(rf"LOOKUP: {CHUNKS}/{CHUNKS} chunks hit \(([0-9.]+) ms\
 
 
 def measure_server(command: Path, directory: Path, environment: Mapping[str, str], *, quick: bool) -> dict[str, float]:
-    """Metrics `engine.retrieve_*`."""
+    """Metrics `engine.retrieve_*` and `engine.lookup_*`."""
     turns, sequences, rounds = (1, 2, 5) if quick else (4, 10, 15)
     ours: list[float] = []
+    our_lookups: list[float] = []
     retrieves: list[float] = []
     lookups: list[float] = []
     ratios: list[float] = []
-    rpc, web = _free_port(), _free_port()
+    rpc, web = free_port(), free_port()
     daemon = Daemon(directory, dram="1GiB")
-    with _lmcache_server(command, directory, environment, rpc, web), daemon, daemon.start() as client:
+    with lmcache_server(command, directory, environment, rpc, web), daemon, daemon.start() as client:
         reader = _Reader(client)
         for _ in range(turns):
             theirs, looked_up = _lmcache_retrieve(command, environment, rpc, web, sequences)
-            mine = [seconds(reader.retrieve) for _ in range(rounds)]
+            mine: list[float] = []
+            for _ in range(rounds):
+                our_lookups.append(seconds(reader.look_up))
+                mine.append(seconds(reader.retrieve))
             ratios.append(median(theirs) / median(mine))
             retrieves += theirs
             lookups += looked_up
@@ -63,10 +69,11 @@ def measure_server(command: Path, directory: Path, environment: Mapping[str, str
     gigabytes = CHUNKS * SPEC.chunk_bytes(TOKENS) / 1e9
     return {
         "engine.retrieve_vs_lmcache": median(ratios),
-        "engine.retrieve_with_lookup_vs_lmcache": (median(retrieves) + median(lookups)) / median(ours),
+        "engine.lookup_vs_lmcache": median(lookups) / median(our_lookups),
+        "engine.lookup_kvstore_ms": median(our_lookups) * 1e3,
+        "engine.lookup_lmcache_ms": median(lookups) * 1e3,
         "engine.retrieve_kvstore_ms": median(ours) * 1e3,
         "engine.retrieve_lmcache_ms": median(retrieves) * 1e3,
-        "engine.lookup_lmcache_ms": median(lookups) * 1e3,
         "engine.retrieve_kvstore_gb_per_s": gigabytes / median(ours),
         "engine.retrieve_lmcache_gb_per_s": gigabytes / median(retrieves),
     }
@@ -82,14 +89,17 @@ class _Reader:
         for layer in self._source:
             layer[:] = np.random.default_rng(0).integers(0, 1 << 16, layer.shape, dtype=np.uint16)
         self._target = self._pages()
-        self._keys = [index.to_bytes(32, "big") for index in range(CHUNKS)]
+        self._keys = [index.to_bytes(32, "big") for index in range(1, CHUNKS + 1)]
         statuses = client.put([self._chunk(index) for index in range(CHUNKS)])
         assert all(status.stored for status in statuses), statuses
         self.retrieve()
 
-    def retrieve(self) -> None:
-        """Look up and fetch every chunk into the paged cache, every byte verified."""
+    def look_up(self) -> None:
+        """Ask how much of the prompt is there."""
         assert self._client.lookup(self._keys).chunks == CHUNKS
+
+    def retrieve(self) -> None:
+        """Fetch every chunk into the paged cache, every byte verified."""
         for part in self._client.fetch(self._keys):
             assert part.miss is None, part.miss
             arrays = self._arrays(self._target, part.index)
@@ -102,7 +112,14 @@ class _Reader:
             assert all(np.array_equal(a, b) for wrote, read in pairs for a, b in zip(wrote, read, strict=True))
 
     def _pages(self) -> list[npt.NDArray[np.uint16]]:
-        return [np.ones((2, BLOCKS, BLOCK_TOKENS, HEADS, DIM), dtype=np.uint16) for _ in range(LAYERS)]
+        """Touched, and at the start of a memory page: an engine's tensors begin at a cache line, NumPy's need not."""
+        shape = (2, BLOCKS, BLOCK_TOKENS, HEADS, DIM)
+        pages = [
+            np.frombuffer(mmap.mmap(-1, math.prod(shape) * 2), dtype=np.uint16).reshape(shape) for _ in range(LAYERS)
+        ]
+        for layer in pages:
+            layer[:] = 1
+        return pages
 
     def _arrays(self, pages: list[npt.NDArray[np.uint16]], index: int) -> KVArrays:
         """K and V (heads, tokens, dim) of a chunk in the pages of consecutive blocks."""
@@ -118,13 +135,18 @@ class _Reader:
 
 
 @contextlib.contextmanager
-def _lmcache_server(
-    command: Path, directory: Path, environment: Mapping[str, str], rpc: int, web: int
+def lmcache_server(
+    command: Path, directory: Path, environment: Mapping[str, str], rpc: int, web: int, l2_adapter: str = ""
 ) -> Iterator[None]:
-    """`lmcache server` while the context lasts."""
+    """`lmcache server` while the context lasts, over an L2 adapter (its JSON) if one is given.
+
+    Raises:
+        BenchError: it does not come up; carries the end of its log.
+    """
     log = directory / "lmcache.log"
     flags = ["--host", "localhost", "--port", str(rpc), "--http-port", str(web)]
     flags += ["--l1-size-gb", "2", "--eviction-policy", "LRU"]
+    flags += ["--l2-adapter", l2_adapter] if l2_adapter else []
     with log.open("wb") as output:
         server = subprocess.Popen([command, "server", *flags], stdout=output, stderr=output, env=environment)
     try:
@@ -149,6 +171,20 @@ def _lmcache_retrieve(
     command: Path, environment: Mapping[str, str], rpc: int, web: int, sequences: int
 ) -> tuple[list[float], list[float]]:
     """Seconds of every warm RETRIEVE, and of every LOOKUP that found all of it."""
+    output = lmcache_bench(command, environment, rpc, web, sequences)
+    retrieves = [float(ms) / 1e3 for tokens, ms in _RETRIEVE.findall(output) if int(tokens) == CHUNKS * TOKENS]
+    lookups = [float(ms) / 1e3 for ms in _LOOKUP_HIT.findall(output)]
+    if not retrieves or not lookups:
+        raise BenchError(f"lmcache bench server retrieved nothing:\n{output[-2000:]}")
+    return retrieves, lookups
+
+
+def lmcache_bench(command: Path, environment: Mapping[str, str], rpc: int, web: int, sequences: int) -> str:
+    """What `lmcache bench server` prints: every sequence of tokens stored and retrieved, its checksums compared.
+
+    Raises:
+        BenchError: it failed, or found other bytes than it stored.
+    """
     flags = ["--rpc-url", f"tcp://localhost:{rpc}", "--url", f"http://localhost:{web}", "--mode", "cpu"]
     flags += ["--transfer-mode", "lmcache_driven", "--start", "0", "--end", str(sequences), "--interval", "0"]
     flags += ["--kvcache-shape-spec", f"(2,{BLOCKS},{BLOCK_TOKENS},{HEADS},{DIM}):float16:{LAYERS}"]
@@ -161,14 +197,13 @@ def _lmcache_retrieve(
         timeout=RUN_SECONDS_MAX,
         check=False,
     )
-    retrieves = [float(ms) / 1e3 for tokens, ms in _RETRIEVE.findall(done.stdout) if int(tokens) == CHUNKS * TOKENS]
-    lookups = [float(ms) / 1e3 for ms in _LOOKUP_HIT.findall(done.stdout)]
-    if not retrieves or not lookups or "MISMATCH" in done.stdout:
+    if done.returncode or "MISMATCH" in done.stdout:
         raise BenchError(f"lmcache bench server failed:\n{(done.stdout + done.stderr)[-2000:]}")
-    return retrieves, lookups
+    return done.stdout
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this host that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return int(probe.getsockname()[1])

@@ -41,7 +41,7 @@ Chain = tuple[bytes, ...]
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """Blocks asked for, found at the front of their prompts, and let in; and how long the policy took for it all."""
+    """Blocks asked for, found at the front of their prompts, and let in; and the policy's processor time for it all."""
 
     asked: int
     found: int
@@ -63,7 +63,7 @@ def replay(prompts: Sequence[Chain], policy: CachePolicy, capacity: int) -> Outc
     """Drive a policy with a trace."""
     found = written = 0
     eviction = policy.eviction
-    begin = time.perf_counter()
+    begin = time.process_time()
     for keys in prompts:
         hits = 0
         while hits < len(keys) and keys[hits] in eviction:
@@ -72,10 +72,12 @@ def replay(prompts: Sequence[Chain], policy: CachePolicy, capacity: int) -> Outc
         for key in reversed(keys[:hits]):
             policy.access(key)
         parent = keys[hits - 1] if hits else ROOT
+        if hits < len(keys):
+            policy.expect([key for key in keys[hits:] if key not in eviction], parent)
         for key in keys[hits:]:
             written += key not in eviction and _offer(policy, Chunk(key, parent), capacity)
             parent = key
-    return Outcome(sum(map(len, prompts)), found, written, time.perf_counter() - begin)
+    return Outcome(sum(map(len, prompts)), found, written, time.process_time() - begin)
 
 
 def _offer(policy: CachePolicy, chunk: Chunk, capacity: int) -> bool:

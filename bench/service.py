@@ -146,7 +146,7 @@ def _port(daemon: Daemon) -> int:
 
 
 def _key(index: int) -> bytes:
-    return index.to_bytes(32, "big")
+    return (index + 1).to_bytes(32, "big")
 
 
 def _chunk(spec: KVSpec, flat: Bytes, index: int, tokens: int = TOKENS) -> PutChunk:

@@ -14,6 +14,13 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def cpu_seconds(run: Callable[[], object]) -> float:
+    """Seconds of processor time that the calling thread spent in one call, whatever else the machine does."""
+    start = time.thread_time()
+    run()
+    return time.thread_time() - start
+
+
 def paired(first: Callable[[], object], second: Callable[[], object], *, rounds: int) -> tuple[float, float, float]:
     """(median seconds of `first`, of `second`, median of second/first pair by pair), in turn after one warm-up of each.
 

@@ -14,14 +14,15 @@ result of an fp32 matrix product. docs/codecs.md and docs/format.md tell the res
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from kvstore import kernels
 from kvstore.codec import Codec, Encoded, LayerSegments, SegmentPlan
 from kvstore.codecs import profiles
-from kvstore.codecs.ladder_bank import parametric
+from kvstore.codecs.ladder_bank import Bank, parametric
 from kvstore.codecs.ladder_classes import LEVELS, SHIFT_MAX
-from kvstore.codecs.ladder_group import GroupCoder, group_arrays
+from kvstore.codecs.ladder_group import GroupCoder, OpenedGroup, group_arrays
 from kvstore.codecs.ladder_profile import LadderProfile
 from kvstore.codecs.ladder_segment import RAW, Params
 from kvstore.container import PART_KV, ChunkMeta, check_segment, segment_label
@@ -118,11 +119,40 @@ class LadderCodec(Codec):
             ContainerError: a segment is damaged or missing, or the profile is of another model.
             CodecError: the chunk cannot be moved, for its rope is unknown.
         """
-        if self._tables is not None and not _same_geometry(self._tables.spec, spec):
-            raise ContainerError(Reason.UNKNOWN_PROFILE, f"profile {self.profile.hex()[:12]} is of another model")
-        params = _check(segments, spec)
+        params = self._params(segments, spec)
         group = self._group(spec, arrays[0][0].shape[1], segments[0][0].layers)
         group.decode(params, [data for _, data in segments], arrays, first_position)
+
+    def decode_on_device(
+        self, groups: Sequence[LayerSegments], tensors: Sequence[tuple[Any, Any]], spec: KVSpec
+    ) -> None:
+        """`decode` of many layer groups, into torch tensors on a device; see `kvstore.codec.DecodesOnDevice`."""
+        from kvstore.codecs import ladder_device
+
+        ladder_device.decode(self, groups, tensors, spec)
+
+    @property
+    def bank(self) -> Bank:
+        """Tables and centroids that this instance codes with."""
+        return self._bank
+
+    def open(
+        self, segments: LayerSegments, spec: KVSpec, tokens: int, first_position: int | None
+    ) -> OpenedGroup | None:
+        """What the segments of a layer group hold, verified, before entropy decoding; None for a raw group.
+
+        Raises what `decode` raises.
+        """
+        params = self._params(segments, spec)
+        if params.kind == RAW:
+            return None
+        group = self._group(spec, tokens, segments[0][0].layers)
+        return group.open(params, [data for _, data in segments], first_position)
+
+    def _params(self, segments: LayerSegments, spec: KVSpec) -> Params:
+        if self._tables is not None and not _same_geometry(self._tables.spec, spec):
+            raise ContainerError(Reason.UNKNOWN_PROFILE, f"profile {self.profile.hex()[:12]} is of another model")
+        return _check(segments, spec)
 
     def _group(self, spec: KVSpec, tokens: int, layers: tuple[int, int]) -> GroupCoder:
         return GroupCoder(spec, tokens, layers, self._bank, self._tables)

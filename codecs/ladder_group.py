@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +54,22 @@ RAW_SHARE = 0.95
 def group_arrays(arrays: KVArrays, layers: tuple[int, int]) -> list[Bits]:
     """K and V of the layers of a group, in canonical order."""
     return [array for pair in arrays[slice(*layers)] for array in pair]
+
+
+@dataclass(frozen=True)
+class OpenedGroup:
+    """A coded layer group taken apart: what its components are, and what becomes of them.
+
+    `levels` are each from its patches on. `parts` says for each transform and rotation whether it is of K (0) or V (1);
+    `exact` has (part, tokens, their bits (layers, heads, tokens, dim)).
+    """
+
+    blocks: BlockSet
+    levels: list[memoryview]
+    parts: list[int]
+    transforms: list[Transform]
+    rotations: list[Rotation | None]
+    exact: list[tuple[int, Tokens, Bits]]
 
 
 class GroupCoder:
@@ -107,30 +124,46 @@ class GroupCoder:
         self, params: Params, levels: Sequence[memoryview], arrays: KVArrays, first_position: int | None
     ) -> None:
         """Fill the group from its lowest levels; `first_position` None leaves it where it was encoded."""
-        position = params.first_position if first_position is None else first_position
-        moved = position != params.first_position
-        if moved and self._rotated is None and self._spec.rope.kind != "none":
-            raise CodecError("the chunk's rope is unknown: it can be reused in place only")
+        position = self._position(params, first_position)
         if params.kind == RAW:
             self._decode_raw(params, levels[0], arrays, position)
             return
+        group = self.open(params, levels, position)
+        layers = arrays[slice(*self._layers)]
+        targets = [[pair[part] for pair in layers] for part in self._parts]
+        parts = [Part(*own) for own in zip(group.transforms, targets, group.rotations, strict=True)]
+        ladder_loops.decode(group.blocks, group.levels, self._bank, parts, self._spec.dtype)
+        for part, tokens, bits in group.exact:
+            for array, own in zip(layers, bits, strict=True):
+                array[part][:, tokens] = own
+
+    def open(self, params: Params, levels: Sequence[memoryview], first_position: int | None) -> OpenedGroup:
+        """What the levels of a coded group hold, for a first token at `first_position` (None: where it was encoded)."""
+        position = self._position(params, first_position)
         if bool(params.flags & FLAG_UNROTATED) != (self._rotated is not None):
             raise ContainerError(Reason.MALFORMED, "the segment and the KVSpec disagree about the rotary embedding")
         cursor = Numbers(levels[0])
         exact = self._read_exact(cursor)
         transforms = [self._read_transform(index, params, cursor) for index in range(len(self._parts))]
         blocks = BlockSet([own for transform in transforms for own in transform.classes], self._tokens)
-        targets = [[pair[part] for pair in arrays[slice(*self._layers)]] for part in self._parts]
-        turns = [
+        rotations = [
             Rotation.consecutive(self._spec.rope, position, self._tokens) if part == self._rotated else None
             for part in self._parts
         ]
-        parts = [Part(*own) for own in zip(transforms, targets, turns, strict=True)]
-        ladder_loops.decode(blocks, [cursor.rest().data, *levels[1:]], self._bank, parts, self._spec.dtype)
-        for part, tokens, bits in exact:
-            kept = self._moved(bits, part, params.first_position, position, tokens) if moved else bits
-            for array, own in zip(arrays[slice(*self._layers)], kept, strict=True):
-                array[part][:, tokens] = own
+        if position != params.first_position:
+            exact = [
+                (part, tokens, self._moved(bits, part, params.first_position, position, tokens))
+                for part, tokens, bits in exact
+            ]
+        return OpenedGroup(blocks, [cursor.rest().data, *levels[1:]], self._parts, transforms, rotations, exact)
+
+    def _position(self, params: Params, first_position: int | None) -> int:
+        """Where the first token goes. Raises CodecError if the chunk cannot be moved there."""
+        if first_position is None or first_position == params.first_position:
+            return params.first_position
+        if self._rotated is None and self._spec.rope.kind != "none":
+            raise CodecError("the chunk's rope is unknown: it can be reused in place only")
+        return first_position
 
     def _quantise(
         self, index: int, x: Float32, sinks: Tokens, shift: int, step: np.float32

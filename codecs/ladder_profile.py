@@ -207,6 +207,15 @@ class PartProfile:
         split = out.reshape(len(blocks), tokens, -1, heads, dim).transpose(0, 2, 3, 1, 4)
         return [layer for block in split for layer in block][:layers]
 
+    @property
+    def whole(self) -> bool:
+        """Whether a block is all heads of some layers, rather than one head."""
+        return self._tables.whole
+
+    def matrix_of(self, index: int) -> tuple[PartTables, int]:
+        """(tables, number of the block in them) of a block; `tables.matrices(number)` are its matrices."""
+        return self._tables, self._blocks[index]
+
     def _to_blocks(self, x: Float32) -> list[Float32]:
         """(layers, heads, tokens, dim) to a (tokens, channels) matrix a block."""
         layers, heads, tokens, dim = x.shape

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -131,17 +131,33 @@ def write_level(
     return parts, [one.seen for one in coded]
 
 
-def read_segment_level(
-    blocks: BlockSet, level: int, parents: Sequence[Ints | None], cursor: Numbers, bank: Bank
-) -> list[Ints]:
-    """The values of every block at a level; undoes `write_level`. Raises ContainerError on anything it never writes."""
+class OpenedLevel(NamedTuple):
+    """A level taken apart: every block's plan, patches by block, bytes of the tiles, packed digits and the tiles."""
+
+    plans: list[LevelPlan]
+    patches: Patched
+    lengths: npt.NDArray[np.uint32]
+    packed: list[Bytes]
+    stream: Bytes
+
+
+def open_level(blocks: BlockSet, level: int, cursor: Numbers) -> OpenedLevel:
+    """What a level has. Raises ContainerError on anything that `write_level` never writes, but for what tiles say."""
     plans = blocks.plans(level)
-    columns, tokens, values = _read_patches(blocks, level, cursor)
+    patches = _read_patches(blocks, level, plans, cursor)
     lengths = cursor.numbers(len(plans), "<u4").astype(np.uint32)
     packed = [cursor.take(plan.packed_bytes) for plan in plans]
     stream = cursor.rest()
     if int(lengths.sum(dtype=np.int64)) != len(stream):
         raise ContainerError(Reason.MALFORMED, "the tiles of a ladder segment do not add up to its bytes")
+    return OpenedLevel(plans, patches, lengths, packed, stream)
+
+
+def read_segment_level(
+    blocks: BlockSet, level: int, parents: Sequence[Ints | None], cursor: Numbers, bank: Bank
+) -> list[Ints]:
+    """The values of every block at a level; undoes `write_level`. Raises ContainerError on anything it never writes."""
+    plans, patches, lengths, packed, stream = open_level(blocks, level, cursor)
     layout = _layout([ids_of(plan, above) for plan, above in zip(plans, parents, strict=True)])
     symbols = np.zeros(layout.symbols, dtype=np.uint8)
     if not coder.decode(symbols, stream, lengths, layout, bank.tables).all():
@@ -150,22 +166,21 @@ def read_segment_level(
     for index, (plan, above) in enumerate(zip(plans, parents, strict=True)):
         own = read_level(plan, symbols[end : end + plan.symbols], packed[index], above)
         end += plan.symbols
-        first, stop = blocks.first_columns[index : index + 2]
-        mine = (columns >= first) & (columns < stop)
-        if mine.any():
-            at = columns[mine] - first
-            if at.min() < plan.refined:
-                raise ContainerError(Reason.MALFORMED, "a patch is for a value that is refined")
-            own[tokens[mine], at] = values[mine]
+        mine = patches.blocks == index
+        own[patches.tokens[mine], patches.components[mine]] = patches.values[mine]
         out.append(own)
     return out
 
 
+def lanes_of(symbols: int, tiles: int) -> int:
+    """Lanes of the tiles of a level: as many as so many symbols are worth."""
+    return max(lanes for lanes in LANES if lanes * _LANE_SYMBOLS_MIN <= symbols // max(1, tiles) or lanes == LANES[0])
+
+
 def _layout(ids: Sequence[Ids]) -> Layout:
-    """A batch of one tile a block, with as many lanes as its symbols are worth."""
+    """A batch of one tile a block."""
     counts = np.array([len(own) for own in ids], dtype=np.uint32)
-    average = int(counts.sum(dtype=np.int64)) // max(1, len(counts))
-    lanes = max(LANES[0], *(lanes for lanes in LANES if lanes * _LANE_SYMBOLS_MIN <= average or lanes == LANES[0]))
+    lanes = lanes_of(int(counts.sum(dtype=np.int64)), len(counts))
     steps = max(1, -(-int(counts.max(initial=0)) // lanes))
     table = np.zeros((len(ids), steps * lanes), dtype=np.uint16)
     for row, own in zip(table, ids, strict=True):
@@ -182,9 +197,16 @@ def _patch_bytes(blocks: BlockSet, coded: Sequence[Coded]) -> list[Bytes]:
     return [field.astype(dtype).view(np.uint8) for field, dtype in fields]
 
 
-def _read_patches(
-    blocks: BlockSet, level: int, cursor: Numbers
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int16]]:
+class Patched(NamedTuple):
+    """Values that stand apart from their tile, in the order of the bytes: the last one of a place counts."""
+
+    blocks: npt.NDArray[np.int64]
+    components: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64]
+    values: npt.NDArray[np.int16]
+
+
+def _read_patches(blocks: BlockSet, level: int, plans: Sequence[LevelPlan], cursor: Numbers) -> Patched:
     count = int(cursor.numbers(1, "<u4")[0])
     columns = cursor.numbers(count, "<u4").astype(np.int64)
     tokens = cursor.numbers(count, "<u2").astype(np.int64)
@@ -193,4 +215,8 @@ def _read_patches(
     outside = columns >= blocks.first_columns[-1], tokens >= blocks.tokens, values < -largest, values > largest
     if any(bool(wrong.any()) for wrong in outside):
         raise ContainerError(Reason.MALFORMED, "a patch lies outside the chunk or is too large")
-    return columns, tokens, values
+    block = np.searchsorted(blocks.first_columns, columns, side="right") - 1
+    components = columns - blocks.first_columns[block]
+    if (components < np.array([plan.refined for plan in plans], dtype=np.int64)[block]).any():
+        raise ContainerError(Reason.MALFORMED, "a patch is for a value that is refined")
+    return Patched(block, components, tokens, values)

@@ -45,6 +45,10 @@ from kvstore.spec import ITEMSIZE, DType, KVArrays, KVSpec, Rope, fingerprint
 OPAQUE = "opaque"
 """Codec id of a container whose one segment is bytes of unknown meaning."""
 
+FRUITLESS_PUTS_MAX = 2
+"""Puts in a row that found no room for anything, after which the rest is refused: others use the memory."""
+
+_ROOM_LATER = (Reason.FULL, Reason.BUSY)
 _NO_KV = KVSpec(layers=1, kv_heads=1, key_dim=1, value_dim=1, dtype="float32", rope=Rope(kind="none"))
 _DOMAIN = b"kvstore-lmcache-1\0"
 _DTYPES: dict[str, DType] = {
@@ -132,12 +136,24 @@ class LMCacheObjects:
         return self._digest(b"key", name)
 
     def store(self, objects: Sequence[LMCacheObject], *, deadline: float) -> list[PutStatus]:
-        """Put objects; one status each. `deadline` is in time.monotonic seconds."""
-        remaining_ms = (deadline - time.monotonic()) * 1e3
-        if remaining_ms <= 0:
-            return [PutStatus(stored=False, reason=Reason.DEADLINE, detail="not begun by the deadline")] * len(objects)
-        puts = [self._put(item) for item in objects]
-        return self.client.put(puts, durable=self.durable, deadline_ms=remaining_ms)
+        """Put objects; one status each. `deadline` is in time.monotonic seconds.
+
+        What finds memory full is put again once what was put before has gone down, for as long as that helps.
+        """
+        statuses = [PutStatus(stored=False, reason=Reason.DEADLINE, detail="not begun by the deadline")] * len(objects)
+        waiting = list(range(len(objects)))
+        fruitless = 0
+        while waiting and fruitless <= FRUITLESS_PUTS_MAX and (remaining_ms := _milliseconds_until(deadline)) > 0:
+            puts = [self._put(objects[index]) for index in waiting]
+            answers = self.client.put(puts, durable=self.durable, deadline_ms=remaining_ms)
+            for index, status in zip(waiting, answers, strict=True):
+                statuses[index] = status
+            refused = [index for index in waiting if statuses[index].reason in _ROOM_LATER]
+            fruitless = fruitless + 1 if len(refused) == len(waiting) else 0
+            waiting = refused
+            if waiting and not self.client.flush(deadline_ms=max(0.0, _milliseconds_until(deadline))):
+                break
+        return statuses
 
     def load(self, objects: Sequence[LMCacheObject], *, deadline: float) -> list[Miss | None]:
         """Fill the views of objects, every byte verified; None for those that are whole, else the reason.
@@ -146,7 +162,7 @@ class LMCacheObjects:
         later, is deleted, so that the next store replaces it.
         """
         misses: list[Miss | None] = [Miss(Reason.DEADLINE, "not read by the deadline")] * len(objects)
-        remaining_ms = (deadline - time.monotonic()) * 1e3
+        remaining_ms = _milliseconds_until(deadline)
         if remaining_ms <= 0:
             return misses
         keys = [self.key(item.name) for item in objects]
@@ -230,6 +246,10 @@ class LMCacheObjects:
                 codec.decode(group, arrays, meta.spec)
         if time.monotonic() > part.expires_at:
             raise ContainerError(Reason.DEADLINE, "the lease on the chunk's bytes expired while they were read")
+
+
+def _milliseconds_until(deadline: float) -> float:
+    return (deadline - time.monotonic()) * 1e3
 
 
 def _exact_codec(codec_id: str) -> Codec:

@@ -30,7 +30,7 @@ class LMCacheSettings(msgspec.Struct, frozen=True, kw_only=True):
     namespace: str = ""
     codec: str = ""
     durable: bool = False
-    threads: int = 2
+    threads: int = 4
     load_deadline_ms: float = 5_000.0
     store_deadline_ms: float = 30_000.0
     lock_seconds: float = 30.0

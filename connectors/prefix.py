@@ -13,11 +13,12 @@ from typing import Literal
 
 from kvstore import gate
 from kvstore.arguments import check_fetch
-from kvstore.chunk import check_coverage, decode_groups, encode_chunk, encoded_bytes_max
+from kvstore.chunk import check_coverage, encode_chunk, encoded_bytes_max
 from kvstore.client import Client, Origin, Part, PutChunk
 from kvstore.codec import Codec
 from kvstore.codecs import registry
 from kvstore.connector import KVMemory, Loaded, Stored
+from kvstore.connectors.filling import fill
 from kvstore.connectors.prefix_levels import LevelShares
 from kvstore.container import (
     FLAG_CONTENT_KEY,
@@ -307,11 +308,11 @@ class PrefixStore:
         if not verdict.passed:
             raise ContainerError(Reason.UNGATED, verdict.reason)
         check_coverage(header)
-        arrays = memory.writable(start, start + meta.tokens)
-        decode_groups(codec, part.groups, arrays, self.spec)
+        on_device = fill(codec, part.groups, memory, start, meta)
         if time.monotonic() > part.expires_at:
             raise ContainerError(Reason.DEADLINE, "the lease on the chunk's bytes expired while they were read")
-        memory.commit(start, start + meta.tokens)
+        if not on_device:
+            memory.commit(start, start + meta.tokens)
         return header
 
     def _learn(self, tier: str, header: Header) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from kvstore.arguments import check_fetch, check_keys, deadline_at
+from kvstore.arguments import check_fetch, check_keys, check_owner, check_place, deadline_at
 from kvstore.client import ChunkInfo, Client, Order, Part, PutChunk
 from kvstore.connectors.remote_events import RemoteEvents
 from kvstore.connectors.remote_http import Connection, UnreachableError, unreachable
@@ -34,12 +34,20 @@ from kvstore.protocol import (
     FoundReply,
     HeadReply,
     KeysRequest,
+    MoveRequest,
     PinRequest,
     PrefetchRequest,
     PromptRequest,
     StatusesReply,
     Transport,
+    UnpinRequest,
+    VerifyReply,
+    VerifyRequest,
 )
+from kvstore.verifying import STEP_BYTES_DEFAULT
+
+VERIFY_SECONDS = 60.0
+"""How long the daemon may take to read one step of a check."""
 
 
 class RemoteClient(Client):
@@ -68,7 +76,8 @@ class RemoteClient(Client):
         self, chunks: Sequence[PutChunk], *, durable: bool = False, deadline_ms: float | None = None
     ) -> list[PutStatus]:
         """Store chunks: through the session's staging memory if there is one, else one request each."""
-        check_keys([chunk.key for chunk in chunks])
+        for chunk in chunks:
+            check_place(chunk.key, chunk.parent)
         deadline = deadline_at(deadline_ms)
         return RemotePut(self._link, chunks, durable=durable, deadline=deadline).run() if chunks else []
 
@@ -121,25 +130,40 @@ class RemoteClient(Client):
             for key, entry in zip(keys, entries, strict=True)
         ]
 
-    def prefetch(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
+    def prefetch(
+        self, keys: Sequence[bytes], *, priority: int = 0, deadline_ms: float | None = None
+    ) -> list[PutStatus]:
         """Ask for promotion and return at once."""
-        check_keys(keys)
         deadline_at(deadline_ms)
-        body = PrefetchRequest(keys=_hex(keys), deadline_ms=deadline_ms)
-        try:
-            return counted(self._link.ask("prefetch", body, StatusesReply, keys=len(keys)).statuses, len(keys))
-        except UnreachableError as error:
-            return [PutStatus(stored=False, reason=error.miss.reason, detail=error.miss.detail)] * len(keys)
+        return self._moved(
+            "prefetch", keys, PrefetchRequest(keys=_hex(keys), priority=priority, deadline_ms=deadline_ms)
+        )
 
-    def pin(self, keys: Sequence[bytes], *, ttl_seconds: float) -> list[bool]:
+    def cancel(self, keys: Sequence[bytes]) -> list[bool]:
+        """Take back what was asked for with `prefetch`."""
+        return self._found("cancel", keys, KeysRequest(keys=_hex(keys)))
+
+    def park(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
+        """Move a chain out of memory."""
+        deadline = deadline_at(deadline_ms)
+        return self._moved("park", keys, MoveRequest(keys=_hex(keys), deadline_ms=_remaining_ms(deadline)), deadline)
+
+    def resume(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
+        """Move a chain into memory."""
+        deadline = deadline_at(deadline_ms)
+        return self._moved("resume", keys, MoveRequest(keys=_hex(keys), deadline_ms=_remaining_ms(deadline)), deadline)
+
+    def pin(self, keys: Sequence[bytes], *, ttl_seconds: float, owner: str = "") -> list[bool]:
         """Keep chunks from eviction for a while."""
         if not 0 < ttl_seconds < float("inf"):
             raise ConfigError(f"ttl_seconds is {ttl_seconds}; it must be positive")
-        return self._found("pin", keys, PinRequest(keys=_hex(keys), ttl_seconds=ttl_seconds))
+        check_owner(owner)
+        return self._found("pin", keys, PinRequest(keys=_hex(keys), ttl_seconds=ttl_seconds, owner=owner))
 
-    def unpin(self, keys: Sequence[bytes]) -> list[bool]:
-        """End pins."""
-        return self._found("unpin", keys, KeysRequest(keys=_hex(keys)))
+    def unpin(self, keys: Sequence[bytes], *, owner: str = "") -> list[bool]:
+        """End an owner's pins."""
+        check_owner(owner)
+        return self._found("unpin", keys, UnpinRequest(keys=_hex(keys), owner=owner))
 
     def delete(self, keys: Sequence[bytes]) -> list[bool]:
         """Remove chunks from every tier."""
@@ -152,6 +176,23 @@ class RemoteClient(Client):
             return decode(data, dict[str, Any])
         except UnreachableError:
             return {}
+
+    def verify(
+        self, start: int = 0, *, tier: str = "", bytes_max: int = STEP_BYTES_DEFAULT, repair: bool = False
+    ) -> VerifyReply:
+        """Compare the hashes of some chunks of a tier of the daemon; see `kvstore.verifying.SupportsVerify`.
+
+        Raises:
+            ServiceError: the daemon has no such tier, is too busy, or does not answer.
+        """
+        deadline = time.monotonic() + VERIFY_SECONDS
+        body = VerifyRequest(
+            tier=tier, start=start, bytes_max=bytes_max, repair=repair, deadline_ms=_remaining_ms(deadline)
+        )
+        try:
+            return self._link.ask("verify", body, VerifyReply, deadline=deadline)
+        except UnreachableError as error:
+            raise ServiceError(f"the check of a part of the tier failed: {error.miss.detail}") from error
 
     def events(
         self,
@@ -181,6 +222,16 @@ class RemoteClient(Client):
     def session(self) -> ClientSession | None:
         """The shared-memory session that bytes move through now; None if they go over the connection."""
         return self._link.session(time.monotonic() + CONTROL_SECONDS)
+
+    def _moved(
+        self, verb: str, keys: Sequence[bytes], body: msgspec.Struct, deadline: float | None = None
+    ) -> list[PutStatus]:
+        check_keys(keys)
+        try:
+            reply = self._link.ask(verb, body, StatusesReply, deadline=deadline, keys=len(keys))
+            return counted(reply.statuses, len(keys))
+        except UnreachableError as error:
+            return [PutStatus(stored=False, reason=error.miss.reason, detail=error.miss.detail)] * len(keys)
 
     def _found(self, verb: str, keys: Sequence[bytes], body: msgspec.Struct) -> list[bool]:
         check_keys(keys)

@@ -137,6 +137,12 @@ class TorchKV:
             for place, landed in self._places(start, stop):
                 place.copy_(landed)
 
+    def device_tensors(self, start: int, stop: int) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """Tokens start..stop of row 0, (heads, tokens, dim), for codecs that decode on CUDA; None elsewhere."""
+        if self.layers[0][0].device.type != "cuda":
+            return None
+        return [(keys[0, :, start:stop], values[0, :, start:stop]) for keys, values in self.layers]
+
     def readable(self, start: int, stop: int) -> KVArrays:
         """The bits of tokens start..stop of row 0, (heads, tokens, dim)."""
         if not self.staged:

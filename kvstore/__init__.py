@@ -2,6 +2,7 @@
 
 from kvstore.client import ChunkInfo, Client, Part, PutChunk
 from kvstore.connect import connect
+from kvstore.context import Context
 from kvstore.errors import (
     CodecError,
     ConfigError,
@@ -27,6 +28,7 @@ __all__ = [
     "CodecError",
     "ConfigError",
     "ContainerError",
+    "Context",
     "KVSpec",
     "KVStoreError",
     "KeyScheme",

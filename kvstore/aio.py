@@ -83,17 +83,31 @@ class AsyncClient:
         """See `Client.explain`."""
         return await self._run(self._client.explain, keys)
 
-    async def prefetch(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
+    async def prefetch(
+        self, keys: Sequence[bytes], *, priority: int = 0, deadline_ms: float | None = None
+    ) -> list[PutStatus]:
         """See `Client.prefetch`."""
-        return await self._run(self._client.prefetch, keys, deadline_ms=deadline_ms)
+        return await self._run(self._client.prefetch, keys, priority=priority, deadline_ms=deadline_ms)
 
-    async def pin(self, keys: Sequence[bytes], *, ttl_seconds: float) -> list[bool]:
+    async def cancel(self, keys: Sequence[bytes]) -> list[bool]:
+        """See `Client.cancel`."""
+        return await self._run(self._client.cancel, keys)
+
+    async def park(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
+        """See `Client.park`."""
+        return await self._run(self._client.park, keys, deadline_ms=deadline_ms)
+
+    async def resume(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
+        """See `Client.resume`."""
+        return await self._run(self._client.resume, keys, deadline_ms=deadline_ms)
+
+    async def pin(self, keys: Sequence[bytes], *, ttl_seconds: float, owner: str = "") -> list[bool]:
         """See `Client.pin`."""
-        return await self._run(self._client.pin, keys, ttl_seconds=ttl_seconds)
+        return await self._run(self._client.pin, keys, ttl_seconds=ttl_seconds, owner=owner)
 
-    async def unpin(self, keys: Sequence[bytes]) -> list[bool]:
+    async def unpin(self, keys: Sequence[bytes], *, owner: str = "") -> list[bool]:
         """See `Client.unpin`."""
-        return await self._run(self._client.unpin, keys)
+        return await self._run(self._client.unpin, keys, owner=owner)
 
     async def delete(self, keys: Sequence[bytes]) -> list[bool]:
         """See `Client.delete`."""

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from kvstore.client import DEADLINE_MS_DEFAULT, QUALITY_EXACT
 from kvstore.errors import ConfigError
-from kvstore.keys import KEY_BYTES
+from kvstore.keys import KEY_BYTES, ROOT
+
+OWNER_CHARACTERS_MAX = 128
 
 
 def deadline_at(deadline_ms: float | None) -> float:
@@ -42,7 +44,21 @@ def check_key(key: bytes) -> None:
         raise ConfigError(f"a chunk key is {KEY_BYTES} bytes, not {key!r:.60}")
 
 
+def check_place(key: bytes, parent: bytes) -> None:
+    """Raise ConfigError unless a chunk of that key may be stored behind `parent`."""
+    check_key(key)
+    check_key(parent)
+    if key in (ROOT, parent):
+        raise ConfigError(f"chunk key {key.hex()} is {'all zeros' if key == ROOT else 'its own parent'}; see KeyScheme")
+
+
 def check_keys(keys: Sequence[bytes]) -> None:
     """Raise ConfigError unless every key is 32 bytes."""
     for key in keys:
         check_key(key)
+
+
+def check_owner(owner: str) -> None:
+    """Raise ConfigError unless pins may be held in that name."""
+    if not isinstance(owner, str) or len(owner) > OWNER_CHARACTERS_MAX:
+        raise ConfigError(f"owner is {owner!r:.80}; it must be text of at most {OWNER_CHARACTERS_MAX} characters")

@@ -13,7 +13,7 @@ import msgspec
 
 import kvstore
 from kvstore import config as configuration
-from kvstore.commands import calibrate, events, explain, gate
+from kvstore.commands import calibrate, events, explain, fsck, gate
 from kvstore.commands.target import connect_target
 from kvstore.errors import KVStoreError
 
@@ -67,11 +67,7 @@ def _parser() -> _Parser:
     show.add_argument("action", choices=["show"])
     _add_config_flags(show)
 
-    fsck = _command(commands, "fsck", _fsck, "check the files of an nvme tier; exit code 1 if there are problems")
-    fsck.add_argument("path", help="directory of the tier")
-    fsck.add_argument("--repair", action="store_true", help="drop bad entries")
-    fsck.add_argument("--shallow", action="store_true", help="check the catalog only, not every chunk's bytes")
-    fsck.add_argument("--json", action="store_true", help="print the report as JSON")
+    fsck.add_arguments(_command(commands, "fsck", fsck.run, fsck.SUMMARY))
 
     _command(commands, "info", _info, "print version, kernels, codecs and tier kinds of this installation")
 
@@ -148,14 +144,6 @@ def _flatten(value: Any, path: str = "") -> list[tuple[str, Any]]:
     if isinstance(value, dict) and value:
         return [item for name, child in value.items() for item in _flatten(child, f"{path}.{name}" if path else name)]
     return [(path, value)]
-
-
-def _fsck(arguments: argparse.Namespace) -> int:
-    from kvstore.tiers import fsck
-
-    report = fsck.check(arguments.path, deep=not arguments.shallow, repair=arguments.repair)
-    print(msgspec.json.format(msgspec.json.encode(report)).decode() if arguments.json else report.text())
-    return 0 if report.clean else 1
 
 
 def _info(_: argparse.Namespace) -> int:

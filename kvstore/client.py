@@ -144,16 +144,42 @@ class Client(ABC):
         """For each chunk of the chain `keys` where it is, or why it is nowhere; [] if the store does not answer."""
 
     @abstractmethod
-    def prefetch(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
-        """Ask for promotion to the fastest tier and return at once; `stored` is True where it is there or queued."""
+    def prefetch(
+        self, keys: Sequence[bytes], *, priority: int = 0, deadline_ms: float | None = None
+    ) -> list[PutStatus]:
+        """Ask for promotion to memory and return at once; `stored` is True where it is there or queued.
+
+        Chunks of a higher priority are promoted first, then those asked for earlier, in the order of `keys`. What has
+        not begun by the deadline is not promoted.
+        """
 
     @abstractmethod
-    def pin(self, keys: Sequence[bytes], *, ttl_seconds: float) -> list[bool]:
-        """Keep chunks from eviction for a while, in every tier that holds them. True where there was one."""
+    def cancel(self, keys: Sequence[bytes]) -> list[bool]:
+        """Take back what was asked for with `prefetch`. True where there was a promotion that had not begun."""
 
     @abstractmethod
-    def unpin(self, keys: Sequence[bytes]) -> list[bool]:
-        """End pins. True where there was a pinned chunk."""
+    def park(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
+        """Move a chain out of memory: write what is not durable, then let go of the copies above the durable tier.
+
+        `durable` is True where the chunk is safe below. What is leased or pinned, or needed by a chunk that stays,
+        keeps its copy in memory.
+        """
+
+    @abstractmethod
+    def resume(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
+        """Move a chain into memory, in few large reads, and wait for it; `existed` where it was there already."""
+
+    @abstractmethod
+    def pin(self, keys: Sequence[bytes], *, ttl_seconds: float, owner: str = "") -> list[bool]:
+        """Keep chunks from eviction for a while, in every tier that holds them. True where there was one.
+
+        Every owner, a name that the callers agree on, has pins of its own; a chunk stays until the last has ended. A
+        store has room for so many pins (`kvstore.pins.PINS_MAX`); beyond that the answer is False.
+        """
+
+    @abstractmethod
+    def unpin(self, keys: Sequence[bytes], *, owner: str = "") -> list[bool]:
+        """End an owner's pins. True where there was one."""
 
     @abstractmethod
     def delete(self, keys: Sequence[bytes]) -> list[bool]:

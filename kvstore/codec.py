@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import msgspec
 
@@ -112,6 +112,27 @@ class Codec(ABC):
 
         Raises:
             ContainerError: a hash, length or code is wrong; the group's arrays are then unspecified.
+        """
+
+
+@runtime_checkable
+class DecodesOnDevice(Protocol):
+    """An optional ability of a codec: to decode into memory of a device, so that less crosses the bus."""
+
+    def decode_on_device(
+        self, groups: Sequence[LayerSegments], tensors: Sequence[tuple[Any, Any]], spec: KVSpec
+    ) -> None:
+        """Fill some layer groups of a chunk on the device that the tensors are on.
+
+        Args:
+            groups: the segments of each, as for `Codec.decode`, in host memory; not read after the return.
+            tensors: torch tensors, K and V of every layer, (heads, tokens, dim) in the spec's dtype, any strides. What
+                the caller asks of the device later, in the same stream, finds them filled.
+            spec: geometry of the tensors.
+
+        Raises:
+            ContainerError: as `Codec.decode`.
+            ImportError: what the device needs is not installed here.
         """
 
 

@@ -33,10 +33,11 @@ def open_store(config: Config) -> Store:
     try:
         for name, tier in config.tiers.items():
             capacity_bytes = parse_bytes(tier.capacity, f"tiers.{name}.capacity")
-            options = dict(tier.options)
+            kind = tier.kind or name
+            options = registry.policy_options(kind, tier.policy, tier.admission) | tier.options
             if tier.path:
                 options["path"] = tier.path
-            tiers.append(registry.open_tier(tier.kind or name, name=name, capacity_bytes=capacity_bytes, **options))
+            tiers.append(registry.open_tier(kind, name=name, capacity_bytes=capacity_bytes, **options))
         return Store(tiers, config.store, codecs=codecs, recipes=recipes, gates=gates)
     except BaseException:
         for opened in tiers:

@@ -29,14 +29,18 @@ class TierConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """One tier, `[tiers.NAME]`. Tiers are used in the order they are written, fastest first.
 
     `kind` is the NAME unless given. `capacity` is the hard bound, e.g. "8GiB". `path` is the directory of a tier that
-    has one. `codec` is what chunks are put into on their way to the tier, as CODEC or CODEC@LEVEL; on the first tier it
-    is what the store asks writers for. `options` go to the tier as they are.
+    has one, or the directories of an nvme tier on several disks. `codec` is what chunks are put into on their way to
+    the tier, as CODEC or CODEC@LEVEL; on the first tier it is what the store asks writers for. `policy` says who is
+    evicted first and `admission` who may enter, by name; empty for the default of the tier's kind. `options` go to the
+    tier as they are.
     """
 
     capacity: str | int
     kind: str = ""
-    path: str = ""
+    path: str | list[str] = ""
     codec: str = AS_IS
+    policy: str = ""
+    admission: str = ""
     options: dict[str, Any] = {}
 
 

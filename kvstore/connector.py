@@ -19,7 +19,7 @@ storing over it is the same for every engine and lives in `kvstore.connectors.pr
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
@@ -38,6 +38,16 @@ class KVMemory(Protocol):
 
     def readable(self, start: int, stop: int) -> KVArrays:
         """The K and V of tokens start..stop. Valid until the next call."""
+
+
+@runtime_checkable
+class DeviceMemory(Protocol):
+    """An optional ability of a `KVMemory`: to be filled on its device (`kvstore.codec.DecodesOnDevice`)."""
+
+    def device_tensors(self, start: int, stop: int) -> list[tuple[Any, Any]] | None:
+        """The engine's own K and V of tokens start..stop, torch tensors (heads, tokens, dim) a layer, to be filled in
+        place of `writable` and `commit`; None where arrays on the host are as good.
+        """
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True):

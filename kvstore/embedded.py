@@ -83,14 +83,25 @@ class EmbeddedClient(Client):
     def explain(self, keys: Sequence[bytes]) -> list[Explanation]:
         return self.store.explain(keys)
 
-    def prefetch(self, keys: Sequence[bytes], *, deadline_ms: float | None = None, tier: str = "") -> list[PutStatus]:
-        return self.store.prefetch(keys, tier=tier, deadline_ms=deadline_ms)
+    def prefetch(
+        self, keys: Sequence[bytes], *, priority: int = 0, deadline_ms: float | None = None, tier: str = ""
+    ) -> list[PutStatus]:
+        return self.store.prefetch(keys, priority=priority, tier=tier, deadline_ms=deadline_ms)
 
-    def pin(self, keys: Sequence[bytes], *, ttl_seconds: float) -> list[bool]:
-        return self.store.pin(keys, ttl_seconds=ttl_seconds)
+    def cancel(self, keys: Sequence[bytes]) -> list[bool]:
+        return self.store.cancel(keys)
 
-    def unpin(self, keys: Sequence[bytes]) -> list[bool]:
-        return self.store.unpin(keys)
+    def park(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
+        return self.store.park(keys, deadline_ms=deadline_ms)
+
+    def resume(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
+        return self.store.resume(keys, deadline_ms=deadline_ms)
+
+    def pin(self, keys: Sequence[bytes], *, ttl_seconds: float, owner: str = "") -> list[bool]:
+        return self.store.pin(keys, ttl_seconds=ttl_seconds, owner=owner)
+
+    def unpin(self, keys: Sequence[bytes], *, owner: str = "") -> list[bool]:
+        return self.store.unpin(keys, owner=owner)
 
     def delete(self, keys: Sequence[bytes]) -> list[bool]:
         return self.store.delete(keys)

@@ -19,10 +19,10 @@ DETAIL_CHARACTERS_MAX = 300
 
 
 class EventLog:
-    """Events of all tiers of a store, and the last removal of the keys that left most recently.
+    """Events of all tiers of a store, and the last removal and refusal of the keys that these befell most recently.
 
     Args:
-        removals_max: how many keys' removals are kept.
+        removals_max: how many keys' removals are kept, and how many refusals.
     """
 
     def __init__(self, *, removals_max: int = REMOVALS_MAX_DEFAULT) -> None:
@@ -30,6 +30,7 @@ class EventLog:
         self.removals_max = removals_max
         self._lock = threading.Lock()
         self._removals: OrderedDict[bytes, Event] = OrderedDict()
+        self._refusals: OrderedDict[bytes, str] = OrderedDict()
         self._bad: dict[tuple[str, bytes], str] = {}
 
     def listener(self, tier: str) -> TierListener:
@@ -46,6 +47,19 @@ class EventLog:
             self._removals.move_to_end(entry.key)
             if len(self._removals) > self.removals_max:
                 self._removals.popitem(last=False)
+
+    def refused(self, tier: str, key: bytes, detail: str) -> None:
+        """Remember that a tier did not admit a chunk."""
+        with self._lock:
+            self._refusals.pop(key, None)
+            self._refusals[key] = f"{tier} did not admit it: {detail}"
+            if len(self._refusals) > self.removals_max:
+                self._refusals.popitem(last=False)
+
+    def last_refusal(self, key: bytes) -> str:
+        """Which tier did not admit a chunk last, and why; empty if that is not remembered."""
+        with self._lock:
+            return self._refusals.get(key, "")
 
     @contextmanager
     def quarantining(self, tier: str, key: bytes, detail: str) -> Iterator[None]:

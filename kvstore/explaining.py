@@ -63,17 +63,23 @@ class Explainer(Protocol):
 
 
 def explain_chain(
-    keys: Sequence[bytes], infos: Sequence[ChunkInfo | None], last_removal: Callable[[bytes], Event | None]
+    keys: Sequence[bytes],
+    infos: Sequence[ChunkInfo | None],
+    last_removal: Callable[[bytes], Event | None],
+    last_refusal: Callable[[bytes], str] = lambda _: "",
 ) -> list[Explanation]:
-    """One explanation a key of the chain `keys`, out of what `head` and the log of removals know."""
+    """One explanation a key of the chain `keys`, out of what `head` and the log of removals and refusals know."""
     hole: int | None = None
     explained = []
     for index, (key, info) in enumerate(zip(keys, infos, strict=True)):
         if info is None:
             hole = index if hole is None else hole
-            explained.append(_gone(key, last_removal(key)))
+            explained.append(_gone(key, last_removal(key), last_refusal(key)))
         elif hole is None:
-            explained.append(Explanation(key=key, why=Why.PRESENT, tiers=info.tiers, nbytes=info.nbytes))
+            refusal = last_refusal(key) if len(info.tiers) == 1 else ""
+            explained.append(
+                Explanation(key=key, why=Why.PRESENT, tiers=info.tiers, nbytes=info.nbytes, detail=refusal)
+            )
         else:
             detail = f"it is there, but chunk {hole} before it is not"
             explained.append(
@@ -112,7 +118,7 @@ def explain_prompt(
     ]
 
 
-def _gone(key: bytes, event: Event | None) -> Explanation:
+def _gone(key: bytes, event: Event | None, refusal: str) -> Explanation:
     if event is None or event.reason is None:
         detail = "no tier holds it, and no removal of it is remembered"
         return Explanation(key=key, why=Why.ABSENT, detail=detail)
@@ -125,7 +131,7 @@ def _gone(key: bytes, event: Event | None) -> Explanation:
     return Explanation(
         key=key,
         why=Why(str(event.reason)),
-        detail=f"removed from {event.tier} at {when} {because}",
+        detail=f"removed from {event.tier} at {when} {because}" + (f"; {refusal}" if refusal else ""),
         removed_from=event.tier,
         removed_unix_seconds=event.unix_seconds,
     )

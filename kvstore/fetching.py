@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 
 import msgspec
 
@@ -15,9 +13,10 @@ from kvstore.container import Header, Segment
 from kvstore.errors import ContainerError
 from kvstore.levels import parse_up_to
 from kvstore.loan import Loan
+from kvstore.movers import begin, collected, give_back
 from kvstore.outcome import Miss
 from kvstore.partial_reading import borrow_up_to
-from kvstore.promotion import LATE, Promoter
+from kvstore.promotion import Promoter
 
 WINDOWS_AHEAD = 2
 """Windows of a fetch started at once: one being consumed, one being read."""
@@ -94,8 +93,8 @@ class _Window:
         wanted = [keys[index] for index in self._rest]
         self._reading: Future[list[Loan | Miss]] | None = None
         if wanted:
-            self._reading = movers.submit(
-                borrow_up_to, promoter, wanted, max_quality, deadline=deadline, min_quality=min_quality
+            self._reading = begin(
+                movers, borrow_up_to, promoter, wanted, max_quality, deadline=deadline, min_quality=min_quality
             )
 
     def steps(self) -> Iterator[Step]:
@@ -117,15 +116,11 @@ class _Window:
                 outcome.release()
         self._outcomes.clear()
         if self._reading is not None:
-            self._reading.add_done_callback(_release_all)
+            give_back(self._reading)
 
     def _collect(self) -> None:
         assert self._reading is not None
-        try:
-            outcomes = self._reading.result(timeout=max(0.0, self._deadline - time.monotonic()))
-        except FutureTimeoutError:
-            self._reading.add_done_callback(_release_all)
-            outcomes = [LATE] * len(self._rest)
+        outcomes = collected(self._reading, len(self._rest), self._deadline)
         self._reading = None
         self._outcomes.update(zip(self._rest, outcomes, strict=True))
 
@@ -136,13 +131,6 @@ def _whole(index: int, loan: Loan, level_max: int | None) -> Step:
     except ContainerError as error:
         return Step(index, Miss(error.reason, error.detail))
     return Step(index, None, header, tuple(header.groups()), loan.view[: header.total_bytes], loan.offset, loan.tier)
-
-
-def _release_all(future: Future[list[Loan | Miss]]) -> None:
-    if not future.cancelled() and future.exception() is None:
-        for outcome in future.result():
-            if isinstance(outcome, Loan):
-                outcome.release()
 
 
 def windows(keys: Sequence[bytes], sizes: list[int], window_bytes: int) -> Iterator[list[int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import CancelledError, Executor, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from kvstore import container
@@ -18,15 +18,16 @@ from kvstore.errors import ContainerError
 from kvstore.fetching import Step, windows
 from kvstore.levels import up_to_level
 from kvstore.loan import Loan
+from kvstore.movers import CLOSED, begin
 from kvstore.outcome import Miss
-from kvstore.promotion import ABSENT, HEAD_READ_BYTES, LATE, Place, Promoter
+from kvstore.promotion import ABSENT, HEAD_READ_BYTES, LATE, Place, Promoter, wanted_from
 from kvstore.tier import IO_ALIGN, ReadItem, Tier
 
 
 class _Load:
     """One chunk of the fetch: its bytes are lent (`loan`), or being read from `tier` into `place`."""
 
-    __slots__ = ("cut", "groups", "header", "index", "key", "leads", "level_max", "loan", "place", "tier")
+    __slots__ = ("cut", "groups", "header", "index", "key", "level_max", "loan", "place", "tier")
 
     def __init__(self, index: int, key: bytes, level_max: int | None) -> None:
         self.index = index
@@ -38,7 +39,6 @@ class _Load:
         self.tier: Tier | None = None
         self.header: Header | None = None
         self.groups: list[tuple[Segment, ...]] = []
-        self.leads = False
 
     @property
     def view(self) -> memoryview:
@@ -129,15 +129,19 @@ class LayerFetch:
             while active:
                 for load in active:
                     if load.index in misses:
-                        self._end(load, misses[load.index])
+                        if self._reading is None:
+                            self._end(load)
                         yield Step(load.index, misses[load.index], first=round_index == 0)
                 active = [load for load in active if load.index not in misses]
+                if self._reading is not None:
+                    return  # out of time: all of them have missed
                 if round_index == 0:
                     self._start(self._read_round, active, 0)
                 misses = self._collect(active)
                 arrived = [load for load in active if load.index not in misses]
                 further = [load for load in arrived if len(load.groups) > round_index + 1]
-                self._start(self._read_round, further, round_index + 1)
+                if self._reading is None:
+                    self._start(self._read_round, further, round_index + 1)
                 for load in arrived:
                     yield load.step(round_index)
                     if load not in further:
@@ -154,7 +158,7 @@ class LayerFetch:
     def _start(self, read: Callable[[list[_Load], int], dict[int, Miss]], loads: list[_Load], round_index: int) -> None:
         """Let a mover read for those of `loads` that are not lent; what is in memory costs no thread hop."""
         behind = [load for load in loads if load.loan is None]
-        self._reading = self._movers.submit(read, behind, round_index) if behind else None
+        self._reading = begin(self._movers, read, behind, round_index) if behind else None
 
     def _collect(self, loads: list[_Load]) -> dict[int, Miss]:
         """The misses of the read that was started last; at the deadline everything not lent is one."""
@@ -163,7 +167,10 @@ class LayerFetch:
         try:
             misses = self._reading.result(timeout=max(0.0, self._deadline - time.monotonic()))
         except FutureTimeoutError:
+            self._reading.cancel()
             return {load.index: LATE for load in loads}
+        except CancelledError:
+            return {load.index: CLOSED for load in loads}
         self._reading = None
         return misses
 
@@ -186,32 +193,44 @@ class LayerFetch:
         return misses
 
     def _open_below(self, loads: list[_Load]) -> dict[int, Miss]:
+        """Lease what others are reading, find places for the rest and read their headers. Answers the misses.
+
+        What another fetch in layer order is reading is not waited for: that goes on as its caller does. Its slot is
+        taken, so ours is a transient buffer. Waiting comes first, when nothing is held that others may wait for.
+        """
+        misses = self._join(loads)
+        left = [load for load in loads if load.loan is None and load.index not in misses]
+        for tier in self._promoter.lower:
+            chunks = wanted_from(tier, [load.key for load in left])
+            found = [(load, chunk) for load, chunk in zip(left, chunks, strict=True) if chunk is not None]
+            left = [load for load, chunk in zip(left, chunks, strict=True) if chunk is None]
+            places = self._promoter.places(
+                [chunk for _, chunk in found], deadline=self._deadline, min_quality=self._min_quality
+            )
+            for (load, _), place in zip(found, places, strict=True):
+                if isinstance(place, Miss):
+                    misses[load.index] = place
+                elif isinstance(place, Loan):
+                    load.loan = place
+                else:
+                    load.place, load.tier = place, tier
+            self._read_heads(tier, [load for load in loads if load.tier is tier], misses)
+        return misses | {load.index: ABSENT for load in left}
+
+    def _join(self, loads: list[_Load]) -> dict[int, Miss]:
+        """Lease chunks that others are reading into memory, once they are there. Answers the misses."""
         misses: dict[int, Miss] = {}
         for load in loads:
-            miss = self._find(load)
-            if miss is not None:
-                misses[load.index] = miss
-        for tier in self._promoter.lower:
-            self._read_heads(tier, [load for load in loads if load.tier is tier], misses)
-        return misses
-
-    def _find(self, load: _Load) -> Miss | None:
-        for tier in self._promoter.lower:
-            (nbytes,) = tier.sizes([load.key])
-            if nbytes is None:
+            flight = self._promoter.flight(load.key)
+            if flight is None:
                 continue
-            # A chunk that someone else is reading is not waited for: two fetches could wait for each other. Its slot is
-            # taken, so ours is a transient buffer.
-            load.leads = self._promoter.board(load.key)[1]
-            place = self._promoter.place(load.key, nbytes, deadline=self._deadline, min_quality=self._min_quality)
-            if isinstance(place, Miss):
-                return place
-            if isinstance(place, Loan):
-                load.loan = place
-            else:
-                load.place, load.tier = place, tier
-            return None
-        return ABSENT
+            if not flight.done.wait(max(0.0, self._deadline - time.monotonic())):
+                misses[load.index] = LATE
+                continue
+            load.loan = self._promoter.lease(load.key, min_quality=self._min_quality)
+            if load.loan is None and flight.miss is not None:
+                misses[load.index] = flight.miss
+        return misses
 
     def _read_heads(self, tier: Tier, loads: list[_Load], misses: dict[int, Miss]) -> None:
         reads = [_read_item(load, 0, HEAD_READ_BYTES) for load in loads]
@@ -255,21 +274,20 @@ class LayerFetch:
             nbytes = load.header.total_bytes if load.cut and load.header is not None else load.place.nbytes
             self._promoter.hit(load.tier, nbytes)
             if not load.cut:
-                load.loan, load.place = load.place.publish(), None
-        self._end(load, None)
+                published = self._promoter.publish(load.key, load.place)
+                load.loan, load.place = (published if isinstance(published, Loan) else None), None
+        self._end(load)
 
-    def _end(self, load: _Load, miss: Miss | None) -> None:
+    def _end(self, load: _Load) -> None:
         if load.loan is not None:
             load.loan.release()
         if load.place is not None:
             load.place.abort()
-        if load.leads:
-            self._promoter.land(load.key, miss)
-        load.loan, load.place, load.leads = None, None, False
+        load.loan, load.place = None, None
 
     def _end_all(self) -> None:
         for load in self._loads:
-            self._end(load, None)
+            self._end(load)
 
 
 def _read_item(load: _Load, start: int, stop: int) -> ReadItem:

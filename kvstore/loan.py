@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import threading
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -75,15 +76,28 @@ class TransientPool:
 
     def take(self, nbytes: int, *, deadline: float) -> TransientBuffer | None:
         """A buffer once the budget allows it; None if it does not by `deadline` (time.monotonic) or never can."""
-        charged = -(-max(1, nbytes) // IO_ALIGN) * IO_ALIGN
-        if charged > self.capacity_bytes:
-            return None
+        (buffer,) = self.take_all([nbytes], deadline=deadline)
+        return buffer
+
+    def take_all(self, sizes: Sequence[int], *, deadline: float) -> list[TransientBuffer | None]:
+        """Buffers for as many of these sizes as the budget can ever hold together, None for the others.
+
+        They are taken at once, when there is room for all: who waits for room holds none that another may wait for. All
+        are None if there is no room by `deadline` (time.monotonic).
+        """
+        charged = [-(-max(1, nbytes) // IO_ALIGN) * IO_ALIGN for nbytes in sizes]
+        total = 0
+        for index, nbytes in enumerate(charged):
+            if total + nbytes <= self.capacity_bytes:
+                total += nbytes
+            else:
+                charged[index] = 0
         with self._freed:
-            while self.used_bytes + charged > self.capacity_bytes:
+            while self.used_bytes + total > self.capacity_bytes:
                 if not self._freed.wait(max(0.0, deadline - time.monotonic())):
-                    return None
-            self.used_bytes += charged
-        return TransientBuffer(self, nbytes, charged)
+                    return [None] * len(sizes)
+            self.used_bytes += total
+        return [TransientBuffer(self, *size) if size[1] else None for size in zip(sizes, charged, strict=True)]
 
     def _give_back(self, charged_bytes: int) -> None:
         with self._freed:

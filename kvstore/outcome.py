@@ -34,6 +34,7 @@ class Reason(enum.StrEnum):
     FULL = "full"  # no room: everything evictable is leased or pinned
     TOO_LARGE = "too_large"  # larger than the tier, or than the configured limit
     READ_ONLY = "read_only"  # the tier accepts no writes
+    NOT_ADMITTED = "not_admitted"  # the tier's admission policy did not think it worth its place
 
 
 class Miss(msgspec.Struct, frozen=True):

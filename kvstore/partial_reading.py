@@ -59,8 +59,8 @@ def _headers(
     buffers: dict[int, TransientBuffer] = {}
     headers: dict[int, Header] = {}
     try:
-        for index, (_, nbytes) in chunks.items():
-            buffer = promoter.transient.take(min(nbytes, HEAD_READ_BYTES), deadline=deadline)
+        sizes = [min(nbytes, HEAD_READ_BYTES) for _, nbytes in chunks.values()]
+        for index, buffer in zip(chunks, promoter.transient.take_all(sizes, deadline=deadline), strict=True):
             if buffer is not None:
                 buffers[index] = buffer
         outcomes = tier.read([ReadItem(chunks[index][0], buffer.padded) for index, buffer in buffers.items()])
@@ -87,8 +87,8 @@ def _bodies(
     buffers: dict[int, TransientBuffer] = {}
     loans: dict[int, Loan] = {}
     try:
-        for index, header in cut.items():
-            buffer = promoter.transient.take(header.total_bytes, deadline=deadline)
+        sizes = [header.total_bytes for header in cut.values()]
+        for index, buffer in zip(cut, promoter.transient.take_all(sizes, deadline=deadline), strict=True):
             if buffer is not None:
                 buffers[index] = buffer
         reads = [ReadItem(keys[index], buffer.padded) for index, buffer in buffers.items()]

@@ -11,15 +11,17 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 from kvstore import container
 from kvstore.container import Header
 from kvstore.counters import Counters
-from kvstore.errors import ContainerError
+from kvstore.errors import ContainerError, TierError
 from kvstore.event_log import EventLog
 from kvstore.loan import Loan, TransientBuffer, TransientPool
 from kvstore.outcome import Miss, PutStatus, Reason
+from kvstore.pins import Pins
+from kvstore.promotion_gate import PromotionGate
 from kvstore.tier import IO_ALIGN, ReadItem, Slot, SupportsLease, Tier
 
 _log = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ LATE = Miss(Reason.DEADLINE, "not loaded by the deadline")
 
 
 class Flight:
-    """One chunk being read by one thread. `miss` is set if it could not be."""
+    """One chunk being read by one thread, which waits for no consumer. `miss` is set if it could not be."""
 
     __slots__ = ("done", "miss")
 
@@ -86,6 +88,20 @@ class Place:
         return self._slot if self._slot is not None else cast(TransientBuffer, self._buffer)
 
 
+class Wanted(NamedTuple):
+    """A chunk of a lower tier for which a place is wanted, and the chunk before it."""
+
+    key: bytes
+    nbytes: int
+    parent: bytes
+
+
+def wanted_from(tier: Tier, keys: Sequence[bytes]) -> list[Wanted | None]:
+    """The chunks as a tier has them, None where it has none."""
+    chunks = zip(keys, tier.sizes(keys), tier.parents(keys), strict=True)
+    return [None if nbytes is None else Wanted(key, nbytes, parent) for key, nbytes, parent in chunks]
+
+
 class Promoter:
     """Lends chunks out of `memory`, reading them from `lower` (fastest first) when they are not there.
 
@@ -93,8 +109,11 @@ class Promoter:
         memory: the addressable tier, or None if the store has none (every loan is then transient).
         lower: the other tiers.
         transient: budget for chunks that memory cannot take.
-        counters: gets hits and hit_bytes (label: tier the bytes came from), quarantined (label: reason).
+        counters: gets hits and hit_bytes (label: tier the bytes came from), quarantined (label: reason),
+            promotions_refused.
         events: told why a chunk is quarantined.
+        pins: kept where a chunk is promoted to.
+        gate: says what is kept in memory of what readers ask for.
         quality: of a container; None if the store cannot tell, and serves no minimum quality.
     """
 
@@ -105,6 +124,8 @@ class Promoter:
         transient: TransientPool,
         counters: Counters,
         events: EventLog,
+        pins: Pins,
+        gate: PromotionGate,
         quality: Callable[[Header], int] | None = None,
     ) -> None:
         self.memory = memory
@@ -113,6 +134,8 @@ class Promoter:
         self.transient = transient
         self._counters = counters
         self._events = events
+        self._pins = pins
+        self._gate = gate
         self._quality = quality
         self._lock = threading.Lock()
         self._flights: dict[bytes, Flight] = {}
@@ -146,9 +169,14 @@ class Promoter:
             return None
         return Miss(Reason.LOW_QUALITY, f"stored in quality {found}, asked for {min_quality}")
 
-    def borrow(self, keys: Sequence[bytes], *, deadline: float, min_quality: int = 0) -> list[Loan | Miss]:
-        """A loan or a miss for every key. Blocks for reads of lower tiers and for flights of others."""
-        outcomes = self._borrow(keys, deadline)
+    def borrow(
+        self, keys: Sequence[bytes], *, deadline: float, min_quality: int = 0, promote: bool = False
+    ) -> list[Loan | Miss]:
+        """A loan or a miss for every key. Blocks for reads of lower tiers and for flights of others.
+
+        With `promote` what is read is kept in memory, else if the gate says so; as far as there is room.
+        """
+        outcomes = self._borrow(keys, deadline, promote=promote)
         if min_quality:
             for index, outcome in enumerate(outcomes):
                 if isinstance(outcome, Loan) and (poor := self._poor_bytes(outcome.view, min_quality)) is not None:
@@ -156,7 +184,7 @@ class Promoter:
                     outcomes[index] = self._better(keys[index], min_quality, deadline) or poor
         return outcomes
 
-    def _borrow(self, keys: Sequence[bytes], deadline: float) -> list[Loan | Miss]:
+    def _borrow(self, keys: Sequence[bytes], deadline: float, *, promote: bool) -> list[Loan | Miss]:
         results: list[Loan | Miss | None] = [None] * len(keys)
         todo = list(range(len(keys)))
         rounds = 0
@@ -170,7 +198,8 @@ class Promoter:
                     flight, leads = self.board(keys[index])
                     lead.append(index) if leads else wait.append((index, flight))
             if lead:
-                for index, outcome in zip(lead, self._load([keys[i] for i in lead], deadline), strict=True):
+                loaded = self._load([keys[i] for i in lead], deadline, promote=promote)
+                for index, outcome in zip(lead, loaded, strict=True):
                     results[index] = outcome
             todo = []
             for index, flight in wait:
@@ -195,6 +224,11 @@ class Promoter:
             flight = self._flights[key] = Flight()
             return flight, True
 
+    def flight(self, key: bytes) -> Flight | None:
+        """The flight of a key, if there is one; for who will not lead one."""
+        with self._lock:
+            return self._flights.get(key)
+
     def land(self, key: bytes, miss: Miss | None) -> None:
         """End a flight that the caller leads."""
         with self._lock:
@@ -202,18 +236,51 @@ class Promoter:
         flight.miss = miss
         flight.done.set()
 
-    def place(self, key: bytes, nbytes: int, *, deadline: float, min_quality: int = 0) -> Place | Loan | Miss:
-        """Where to read a chunk to; a loan if it has meanwhile appeared in memory; a miss if there is no room."""
-        if self._leases is not None and self.memory is not None:
-            slot = self._leases.reserve(key, nbytes)
-            if not isinstance(slot, PutStatus):
-                return Place(self.memory.name, nbytes, slot, None)
-            if slot.existed and (loan := self.lease(key, min_quality=min_quality)) is not None:
-                return loan
-        buffer = self.transient.take(nbytes, deadline=deadline)
-        if buffer is None:
-            return Miss(Reason.FULL, f"no room for {nbytes} bytes in memory")
-        return Place("transient", nbytes, None, buffer)
+    def places(
+        self, wanted: Sequence[Wanted], *, deadline: float, min_quality: int = 0, promote: bool = False
+    ) -> list[Place | Loan | Miss]:
+        """Where to read each chunk to; a loan if it has meanwhile appeared in memory; a miss if there is no room.
+
+        Room outside memory is waited for, until the deadline, by who holds none of it.
+        """
+        places: list[Place | Loan | None] = []
+        for chunk in wanted:
+            spare = None
+            if not promote and not self._gate.admits(chunk.key, chunk.nbytes):
+                spare = self.transient.take(chunk.nbytes, deadline=0.0)
+            if spare is not None:
+                deadline = 0.0
+                self._counters.add("promotions_refused")
+                places.append(Place("transient", chunk.nbytes, None, spare))
+            else:
+                places.append(self._in_memory(chunk, min_quality))
+        left = [chunk.nbytes for chunk, place in zip(wanted, places, strict=True) if place is None]
+        buffers = iter(self.transient.take_all(left, deadline=deadline) if left else ())
+        return [
+            place if place is not None else _outside(chunk.nbytes, next(buffers))
+            for chunk, place in zip(wanted, places, strict=True)
+        ]
+
+    def _in_memory(self, chunk: Wanted, min_quality: int) -> Place | Loan | None:
+        """A place in memory, a loan if the chunk is there, None if memory has no room."""
+        if self._leases is None or self.memory is None:
+            return None
+        slot = self._leases.reserve(chunk.key, chunk.nbytes, parent=chunk.parent)
+        if not isinstance(slot, PutStatus):
+            return Place(self.memory.name, chunk.nbytes, slot, None)
+        return self.lease(chunk.key, min_quality=min_quality) if slot.existed else None
+
+    def publish(self, key: bytes, place: Place, nbytes: int | None = None) -> Loan | Miss:
+        """Make the first `nbytes` (default all) written to a place a chunk, and a loan on it; a miss if memory has been
+        closed meanwhile.
+        """
+        try:
+            loan = place.publish(nbytes)
+        except TierError as error:
+            return Miss(Reason.UNAVAILABLE, str(error))
+        if self.memory is not None and loan.tier == self.memory.name:
+            self._pins.apply(key, self.memory)
+        return loan
 
     def quarantine(self, tier: Tier, key: bytes, error: ContainerError) -> Miss:
         """Remove a bad chunk from the tier it came from; answers the miss to report."""
@@ -269,7 +336,7 @@ class Promoter:
             return True  # a long header: the whole chunk will tell
         return self.poor(container.parse(buffer.view[:outcome], available=len(buffer.view)), min_quality) is None
 
-    def _load(self, keys: list[bytes], deadline: float) -> list[Loan | Miss]:
+    def _load(self, keys: list[bytes], deadline: float, *, promote: bool) -> list[Loan | Miss]:
         """Read chunks whose flights this thread leads; lands every flight."""
         results: dict[bytes, Loan | Miss] = dict.fromkeys(keys, ABSENT)
         landed: set[bytes] = set()
@@ -277,7 +344,7 @@ class Promoter:
             for tier in self.lower:
                 wanted = [key for key, result in results.items() if isinstance(result, Miss)]
                 if wanted:
-                    results.update(self._load_from(tier, wanted, deadline))
+                    results.update(self._load_from(tier, wanted, deadline, promote=promote))
             for key, result in results.items():
                 self.land(key, result if isinstance(result, Miss) else None)
                 landed.add(key)
@@ -286,17 +353,15 @@ class Promoter:
                 self.land(key, Miss(Reason.IO_ERROR, "the reader failed"))
         return [results[key] for key in keys]
 
-    def _load_from(self, tier: Tier, keys: list[bytes], deadline: float) -> dict[bytes, Loan | Miss]:
+    def _load_from(self, tier: Tier, keys: list[bytes], deadline: float, *, promote: bool) -> dict[bytes, Loan | Miss]:
         results: dict[bytes, Loan | Miss] = {}
         places: dict[bytes, Place] = {}
-        for key, nbytes in zip(keys, tier.sizes(keys), strict=True):
-            if nbytes is None:
-                continue
-            place = self.place(key, nbytes, deadline=deadline)
+        wanted = [chunk for chunk in wanted_from(tier, keys) if chunk is not None]
+        for chunk, place in zip(wanted, self.places(wanted, deadline=deadline, promote=promote), strict=True):
             if isinstance(place, Place):
-                places[key] = place
+                places[chunk.key] = place
             else:
-                results[key] = place
+                results[chunk.key] = place
         try:
             outcomes = tier.read([ReadItem(key, place.padded) for key, place in places.items()])
             for (key, place), outcome in zip(list(places.items()), outcomes, strict=True):
@@ -317,4 +382,10 @@ class Promoter:
             place.abort()
             return self.quarantine(tier, key, error)
         self.hit(tier, place.nbytes)
-        return place.publish()
+        return self.publish(key, place)
+
+
+def _outside(nbytes: int, buffer: TransientBuffer | None) -> Place | Miss:
+    if buffer is None:
+        return Miss(Reason.FULL, f"no room for {nbytes} bytes in memory")
+    return Place("transient", nbytes, None, buffer)

@@ -18,6 +18,7 @@ from kvstore.explaining import Why
 from kvstore.keys import DEFAULT_CHUNK_TOKENS, KEY_BYTES, ROOT
 from kvstore.outcome import Lookup, Miss, PutStatus
 from kvstore.spec import CHUNK_TOKENS_MAX
+from kvstore.verifying import STEP_BYTES_DEFAULT
 
 CHUNK_TYPE = "application/vnd.kvstore.chunk"
 STREAM_TYPE = "application/vnd.kvstore.stream"
@@ -39,6 +40,8 @@ ACK = struct.Struct("<QQ")
 
 ACK_ALL = (1 << 64) - 1
 """As a frame count: the client wants no more of that fetch."""
+
+PRIORITY_MAX = (1 << 31) - 1
 
 Transport = Literal["bytes", "shm"]
 
@@ -71,20 +74,36 @@ class PromptRequest(Request, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class KeysRequest(Request, frozen=True, kw_only=True):
-    """head, unpin, delete."""
+    """head, cancel, delete."""
 
     keys: list[str]
 
 
 class PinRequest(Request, frozen=True, kw_only=True):
-    """pin: keep the chunks from eviction for `ttl_seconds`."""
+    """pin: keep the chunks from eviction for `ttl_seconds`, in the owner's name."""
 
     keys: list[str]
     ttl_seconds: float
+    owner: str = ""
+
+
+class UnpinRequest(Request, frozen=True, kw_only=True):
+    """unpin: end the owner's pins."""
+
+    keys: list[str]
+    owner: str = ""
 
 
 class PrefetchRequest(Request, frozen=True, kw_only=True):
-    """prefetch: promote the chunks to the fastest tier."""
+    """prefetch: promote the chunks to memory, higher priorities first."""
+
+    keys: list[str]
+    priority: Annotated[int, msgspec.Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)] = 0
+    deadline_ms: float | None = None
+
+
+class MoveRequest(Request, frozen=True, kw_only=True):
+    """park, resume: move the chain out of memory, or into it, and wait for that."""
 
     keys: list[str]
     deadline_ms: float | None = None
@@ -128,6 +147,33 @@ class FlushRequest(Request, frozen=True, kw_only=True):
     deadline_ms: float | None = None
 
 
+class VerifyRequest(Request, frozen=True, kw_only=True):
+    """verify: compare the hashes of some chunks of a tier from a place on; see `kvstore.verifying.SupportsVerify`."""
+
+    tier: str = ""
+    start: int = 0
+    bytes_max: int = STEP_BYTES_DEFAULT
+    repair: bool = False
+    deadline_ms: float | None = None
+
+
+class BadEntry(msgspec.Struct, frozen=True):
+    """A chunk whose bytes are not what they should be, and how."""
+
+    key: str
+    detail: str
+
+
+class VerifyReply(msgspec.Struct, frozen=True):
+    """Answer to verify: the tier, what was seen there, and where to go on; null at the end."""
+
+    tier: str
+    chunks: int
+    nbytes: int
+    bad: list[BadEntry]
+    next_start: int | None
+
+
 class HeadEntry(msgspec.Struct, frozen=True):
     """What is known of a stored chunk: container bytes, tiers holding it (fastest first), if one of them is durable."""
 
@@ -167,13 +213,13 @@ class HeadReply(msgspec.Struct, frozen=True):
 
 
 class StatusesReply(msgspec.Struct, frozen=True):
-    """Answer to put and prefetch."""
+    """Answer to put, prefetch, park and resume."""
 
     statuses: list[PutStatus]
 
 
 class FoundReply(msgspec.Struct, frozen=True):
-    """Answer to pin, unpin and delete."""
+    """Answer to pin, unpin, cancel and delete."""
 
     found: list[bool]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Executor, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import nullcontext
 from typing import cast
@@ -23,10 +23,14 @@ from kvstore.demotion import WriteBehind
 from kvstore.errors import ContainerError
 from kvstore.keys import ROOT
 from kvstore.loan import Loan, TransientPool
-from kvstore.outcome import PutStatus, Reason
+from kvstore.movers import begin
+from kvstore.outcome import Miss, PutStatus, Reason
 from kvstore.promotion import Place, Promoter
 from kvstore.tier import PutItem, SupportsLease, Tier
 from kvstore.transcode import Transcoder
+
+TRIES_MAX = 4
+"""How often a place is asked for when others store and remove the chunk meanwhile."""
 
 
 class Awaited(msgspec.Struct, frozen=True):
@@ -51,6 +55,7 @@ class Putter:
         promoter: lends what is in memory.
         transient: budget for chunks that memory cannot take.
         behind: the way to the durable tier; None if there is none or no memory before it.
+        movers: threads for chunks that memory cannot take.
         counters: gets puts (label: stored, existed, or the reason of a refusal) and put_bytes.
         transcoders: of the tiers that have a codec of their own, by name; for chunks that memory cannot take.
     """
@@ -60,12 +65,14 @@ class Putter:
         promoter: Promoter,
         transient: TransientPool,
         behind: WriteBehind | None,
+        movers: Executor,
         counters: Counters,
         transcoders: Mapping[str, Transcoder] | None = None,
     ) -> None:
         self._promoter = promoter
         self._transient = transient
         self._behind = behind
+        self._movers = movers
         self._counters = counters
         self._transcoders = transcoders or {}
 
@@ -93,18 +100,24 @@ class Putter:
         self, key: bytes, nbytes_max: int, *, parent: bytes = ROOT, durable: bool = False
     ) -> Place | PendingPut:
         """A place for a container of at most `nbytes_max` bytes, or the answer when there is nothing to write."""
-        existing = self._existing(key, durable=durable)
-        if existing is not None:
-            self._counters.add("puts", "existed")
-            return existing
         memory = self._promoter.memory
-        if memory is not None:
+        for _ in range(TRIES_MAX):
+            existing = self._existing(key, durable=durable)
+            if existing is not None:
+                self._counters.add("puts", "existed")
+                return existing
+            if memory is None:
+                break
             slot = cast(SupportsLease, memory).reserve(key, nbytes_max, parent=parent)
             if not isinstance(slot, PutStatus):
                 return Place(memory.name, nbytes_max, slot, None)
-            if slot.reason != Reason.TOO_LARGE:
+            if slot.reason == Reason.TOO_LARGE:
+                break
+            if not slot.existed:
                 return self._counted(slot)
-        # Only a tier below can take it: written through, by the caller's own thread.
+        else:
+            return self.refuse(Reason.BUSY, "put and removed by others again and again")
+        # Only a tier below can take it: written through.
         if self._tier_for(nbytes_max) is None:
             return self.refuse(Reason.TOO_LARGE, f"no tier holds chunks of {nbytes_max} bytes")
         buffer = self._transient.take(nbytes_max, deadline=time.monotonic())
@@ -120,19 +133,23 @@ class Putter:
         The header is checked here; the segments are the writer's responsibility, who has just hashed them.
         """
         try:
-            container.expect(container.parse(place.view[:nbytes]), key=key)
+            header = container.parse(place.view[:nbytes])
+            container.expect(header, key=key)
         except ContainerError as error:
             place.abort()
             return self.refuse(error.reason, error.detail)
-        loan = place.publish(nbytes)
+        loan = self._promoter.publish(key, place, nbytes)
+        if isinstance(loan, Miss):
+            return self.refuse(loan.reason, loan.detail)
         if loan.offset is None:
-            return self._write_through(loan, key, parent)
+            return self._write_through(loan, key, parent, deadline)
         self._counters.add("puts", "stored")
         self._counters.add("put_bytes", "", nbytes)
         if self._behind is None:
             loan.release()
             return PutStatus(stored=True)
-        below = self._behind.submit(key, parent, loan, deadline=deadline if durable else None)
+        position = header.meta.first_position
+        below = self._behind.submit(key, parent, loan, position=position, deadline=deadline if durable else None)
         if not durable:
             return PutStatus(stored=True)
         return _QUEUE_FULL if below is None else Awaited(below)
@@ -165,22 +182,36 @@ class Putter:
         loan = self._promoter.lease(key, count=False)
         if loan is None:
             return None
-        parent = container.parse(loan.view).meta.parent
-        below = self._behind.submit(key, parent, loan, deadline=time.monotonic())
+        meta = container.parse(loan.view).meta
+        below = self._behind.submit(key, meta.parent, loan, position=meta.first_position, deadline=time.monotonic())
         return msgspec.structs.replace(_QUEUE_FULL, existed=True) if below is None else Awaited(below, existed=True)
 
     def _tier_for(self, nbytes: int) -> Tier | None:
         return next((tier for tier in self._promoter.lower if tier.chunk_bytes_max >= nbytes), None)
 
-    def _write_through(self, loan: Loan, key: bytes, parent: bytes) -> PutStatus:
+    def _write_through(self, loan: Loan, key: bytes, parent: bytes, deadline: float) -> PutStatus:
+        """Put a chunk that memory cannot take into a tier below, by a thread that may outlast the deadline."""
+        writing = begin(self._movers, self._write, loan, key, parent)
+        try:
+            return self._counted(writing.result(timeout=max(0.0, deadline - time.monotonic())))
+        except CancelledError:
+            loan.release()
+            return self.refuse(Reason.UNAVAILABLE, "the store is closed")
+        except FutureTimeoutError:
+            if writing.cancel():
+                loan.release()
+            return self.refuse(Reason.DEADLINE, "not written by the deadline; it may be later")
+
+    def _write(self, loan: Loan, key: bytes, parent: bytes) -> PutStatus:
         with loan:
             tier = self._tier_for(len(loan.view))
             if tier is None:
-                return self.refuse(Reason.TOO_LARGE, f"no tier holds chunks of {len(loan.view)} bytes")
+                detail = f"no tier holds chunks of {len(loan.view)} bytes"
+                return PutStatus(stored=False, reason=Reason.TOO_LARGE, detail=detail)
             transcoder = self._transcoders.get(tier.name)
             recoded = transcoder.recode(loan.view) if transcoder is not None else None
             with recoded or nullcontext():
-                (status,) = tier.put([PutItem(key, (recoded or loan).view, parent)])
+                (status,) = tier.put([PutItem(key, (recoded or loan).view, parent, required=True)])
             if status.stored and not status.existed:
                 self._counters.add("put_bytes", "", len(loan.view))
-        return self._counted(status)
+            return status

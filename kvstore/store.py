@@ -15,7 +15,7 @@ from typing import Any, cast
 import msgspec
 
 from kvstore import gate
-from kvstore.arguments import check_fetch, check_key, check_keys, deadline_at
+from kvstore.arguments import check_fetch, check_key, check_keys, check_owner, check_place, deadline_at
 from kvstore.client import ChunkInfo, Order
 from kvstore.counters import Counters
 from kvstore.demotion import WriteBehind
@@ -27,9 +27,13 @@ from kvstore.handing_down import connect_tiers
 from kvstore.keys import ROOT
 from kvstore.layer_fetching import layer_steps
 from kvstore.loan import Loan, TransientPool
+from kvstore.movers import borrow_by, done_by
 from kvstore.outcome import Lookup, Miss, PutStatus, Reason
+from kvstore.parking import Parking
+from kvstore.pins import Pins
 from kvstore.prefetching import Prefetcher
 from kvstore.promotion import Place, Promoter
+from kvstore.promotion_gate import open_gate
 from kvstore.putting import PendingPut, Putter
 from kvstore.store_settings import StoreSettings
 from kvstore.tier import PutItem, SupportsLease, Tier
@@ -76,12 +80,15 @@ class Store:
         self._window_bytes = self.settings.nbytes("fetch_window_bytes", quarter)
         self._transient = TransientPool(self.settings.nbytes("transient_bytes_max", quarter))
         self._codecs = codecs
+        self._pins = Pins(self.tiers)
         self._promoter = Promoter(
             self.memory,
             lower,
             self._transient,
             self.counters,
             self.events,
+            self._pins,
+            open_gate(self.settings.promotion, self.memory),
             None if codecs is None else lambda header: quality(header, codecs),
         )
         first = (recipes or {}).get((self.memory or tiers[0]).name)
@@ -89,7 +96,12 @@ class Store:
         transcoders = self._transcoders(recipes or {}, gates)
         self._movers = ThreadPoolExecutor(self.settings.mover_threads, thread_name_prefix="kvstore-mover")
         self._prefetcher = Prefetcher(
-            self._promoter, self._movers, tiers, self.settings.prefetch_chunks_max, self.counters
+            self._promoter,
+            tiers,
+            threads=self.settings.prefetch_threads,
+            chunks_max=self.settings.prefetch_chunks_max,
+            batch_bytes=self.settings.nbytes("prefetch_batch_bytes", quarter),
+            counters=self.counters,
         )
         durable = next((tier for tier in lower if tier.durable), None)
         self._behind = (
@@ -98,12 +110,15 @@ class Store:
                 self.counters,
                 queue_bytes_max=self.settings.nbytes("write_behind_bytes_max", quarter),
                 batch_bytes_max=self.settings.nbytes("write_behind_batch_bytes", quarter),
+                pins=self._pins,
+                events=self.events,
                 transcoder=transcoders.get(durable.name),
             )
             if durable is not None and self.memory is not None
             else None
         )
-        self._putter = Putter(self._promoter, self._transient, self._behind, self.counters, transcoders)
+        self._putter = Putter(self._promoter, self._transient, self._behind, self._movers, self.counters, transcoders)
+        self._parking = Parking(tiers, self._promoter, self._movers, self._behind, self._window_bytes, self.counters)
         connect_tiers(tiers, self.counters)
         self._closed = False
 
@@ -119,7 +134,7 @@ class Store:
         if self._closed:
             return [_CLOSED] * len(items)
         for item in items:
-            check_key(item.key)
+            check_place(item.key, item.parent)
         return self._putter.put(items, durable=durable, deadline=deadline_at(deadline_ms))
 
     def reserve(
@@ -129,7 +144,7 @@ class Store:
 
         Answers something else, for `settle`, when there is nothing to write: the key is there, or there is no room.
         """
-        check_key(key)
+        check_place(key, parent)
         if self._closed:
             return _CLOSED
         return self._putter.reserve(key, nbytes_max, parent=parent, durable=durable)
@@ -188,6 +203,8 @@ class Store:
         if self._closed:
             return self._counted(Step(index, _CLOSED_MISS) for index in range(len(keys)))
         self.touch(keys)
+        if order == "layer":
+            self._prefetcher.overtake(keys)
         plan = chunk_steps if order == "chunk" else layer_steps
         steps = plan(
             self._promoter,
@@ -206,7 +223,10 @@ class Store:
     def borrow(self, key: bytes, *, deadline_ms: float | None = None) -> Loan | Miss:
         """A loan on one chunk's container bytes."""
         check_key(key)
-        (outcome,) = self._promoter.borrow([key], deadline=deadline_at(deadline_ms))
+        deadline = deadline_at(deadline_ms)
+        outcome: Loan | Miss | None = _CLOSED_MISS if self._closed else self._promoter.lease(key)
+        if outcome is None:
+            (outcome,) = borrow_by(self._movers, self._promoter, [key], deadline)
         if isinstance(outcome, Miss):
             self.counters.add("misses", str(outcome.reason))
         return outcome
@@ -223,14 +243,37 @@ class Store:
 
     def explain(self, keys: Sequence[bytes]) -> list[Explanation]:
         """For each chunk of a chain where it is, or why it is nowhere."""
-        return explain_chain(keys, self.head(keys), self.events.last_removal)
+        return explain_chain(keys, self.head(keys), self.events.last_removal, self.events.last_refusal)
 
-    def prefetch(self, keys: Sequence[bytes], *, tier: str = "", deadline_ms: float | None = None) -> list[PutStatus]:
+    def prefetch(
+        self, keys: Sequence[bytes], *, priority: int = 0, tier: str = "", deadline_ms: float | None = None
+    ) -> list[PutStatus]:
         """Queue promotions to memory, or to a device's tier by name, and return at once; `busy` if the queue is full.
 
         Raises ConfigError if `tier` names any other.
         """
-        return self._prefetcher.submit(keys, self.head, tier, deadline_at(deadline_ms))
+        return self._prefetcher.submit(keys, self.head, tier, deadline_at(deadline_ms), priority)
+
+    def cancel(self, keys: Sequence[bytes]) -> list[bool]:
+        """Forget promotions that were asked for and have not begun. True where there was one."""
+        check_keys(keys)
+        return self._prefetcher.cancel(keys)
+
+    def park(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
+        """Make a chain durable and let go of its copies above; see `kvstore.client.Client.park`."""
+        check_keys(keys)
+        if self._closed:
+            return [_CLOSED] * len(keys)
+        self._prefetcher.cancel(keys)
+        return self._parking.park(keys, deadline_at(deadline_ms))
+
+    def resume(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
+        """Promote to memory what is missing there; see `kvstore.client.Client.resume`."""
+        check_keys(keys)
+        if self._closed:
+            return [_CLOSED] * len(keys)
+        self._prefetcher.overtake(keys)
+        return self._parking.resume(keys, deadline_at(deadline_ms))
 
     # -- keep and remove -----------------------------------------------------------------------------------------------
 
@@ -239,29 +282,34 @@ class Store:
         for tier in self.tiers:
             tier.touch(keys[::-1])
 
-    def pin(self, keys: Sequence[bytes], *, ttl_seconds: float) -> list[bool]:
+    def pin(self, keys: Sequence[bytes], *, ttl_seconds: float, owner: str = "") -> list[bool]:
         """Keep chunks from eviction for `ttl_seconds`, in every tier that holds them."""
         check_keys(keys)
         if not ttl_seconds > 0:
             raise ConfigError(f"ttl_seconds is {ttl_seconds}; it must be positive")
-        expires_at = time.monotonic() + ttl_seconds
-        return _any_of([tier.pin(keys, expires_at=expires_at) for tier in self.tiers])
+        check_owner(owner)
+        return self._pins.pin(keys, owner=owner, expires_at=time.monotonic() + ttl_seconds)
 
-    def unpin(self, keys: Sequence[bytes]) -> list[bool]:
-        """End pins."""
+    def unpin(self, keys: Sequence[bytes], *, owner: str = "") -> list[bool]:
+        """End an owner's pins."""
         check_keys(keys)
-        return _any_of([tier.unpin(keys) for tier in self.tiers])
+        check_owner(owner)
+        return self._pins.unpin(keys, owner=owner)
 
     def delete(self, keys: Sequence[bytes]) -> list[bool]:
         """Remove chunks from every tier, and from the way down."""
         check_keys(keys)
         deadline = deadline_at(None)
+        self._prefetcher.cancel(keys)
+        self._pins.forget(keys)
         found = []
         for tier in self.tiers:
             found.append(tier.delete(keys))
             if tier is self.memory and self._behind is not None:
                 for key in keys:
                     self._behind.cancel(key, deadline=deadline)
+        if self.memory is not None:
+            found.append(self.memory.delete(keys))  # who was reading one from below may have brought it back
         self.counters.add("deletes", "", len(keys))
         return _any_of(found)
 
@@ -281,21 +329,25 @@ class Store:
             "counters": self.counters.snapshot(),
             "write_behind_bytes": self._behind.queued_bytes if self._behind is not None else 0,
             "transient_bytes": self._transient.used_bytes,
+            "prefetch_chunks": self._prefetcher.waiting,
+            "pins": len(self._pins),
         }
 
     def flush(self, *, deadline_ms: float | None = None) -> bool:
         """Wait until everything put so far is as durable as the tiers make it; False if not by the deadline."""
-        if self._behind is not None and not self._behind.flush(deadline=deadline_at(deadline_ms)):
+        deadline = deadline_at(deadline_ms)
+        if self._closed:
+            return True  # closing has flushed
+        if self._behind is not None and not self._behind.flush(deadline=deadline):
             return False
-        for tier in self.tiers:
-            tier.flush()
-        return True
+        return all(done_by(self._movers, tier.flush, deadline) for tier in self.tiers if tier.durable)
 
     def close(self) -> None:
         """Write what is on its way down, then close every tier. Idempotent."""
         if self._closed:
             return
         self._closed = True
+        self._prefetcher.close()
         self._movers.shutdown(wait=True, cancel_futures=True)
         if self._behind is not None:
             self._behind.close()

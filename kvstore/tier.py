@@ -34,12 +34,13 @@ IO_ALIGN = 4096
 class PutItem(msgspec.Struct, frozen=True):
     """One chunk to store. `data` stays the caller's and unchanged until the put returns.
 
-    `parent` is the chunk before it in its chain (ROOT if none).
+    `parent` is the chunk before it in its chain (ROOT if none). `required`: a tier's admission policy is not asked.
     """
 
     key: bytes
     data: memoryview
     parent: bytes = ROOT
+    required: bool = False
 
 
 class ReadItem(msgspec.Struct, frozen=True):
@@ -154,8 +155,20 @@ class Tier(ABC):
         """Keep chunks from eviction until `expires_at` (time.monotonic seconds). True where there was one."""
 
     @abstractmethod
-    def unpin(self, keys: Sequence[bytes]) -> list[bool]:
-        """End pins. True where there was a pinned chunk."""
+    def unpin(self, keys: Sequence[bytes], *, until: float = 0.0) -> list[bool]:
+        """End pins, or those that last longer at `until` (time.monotonic seconds). True where there was one."""
+
+    def evict(self, keys: Sequence[bytes]) -> list[bool]:
+        """Let chunks leave now, the last key first, as if their room were needed; they are handed down to nobody.
+
+        False where there is none, and where it must stay: it is leased or pinned, or a child of it is there. A tier
+        that only ever evicts for room answers False for all.
+        """
+        return [False] * len(keys)
+
+    def parents(self, keys: Sequence[bytes]) -> list[bytes]:
+        """The chunk before each in its chain; ROOT if there is none, or the tier does not know. No use, no I/O."""
+        return [ROOT] * len(keys)
 
     @abstractmethod
     def scan(self) -> Iterator[Entry]:

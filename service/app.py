@@ -11,7 +11,7 @@ from typing import NamedTuple
 from aiohttp import web
 
 from kvstore.errors import ConfigError
-from kvstore.service import chunks, control, events, fetching, prompts
+from kvstore.service import chunks, control, events, fetching, prompts, verifying
 from kvstore.service.daemon import DAEMON, Daemon
 from kvstore.service.refusal import RefusalError, json_response
 
@@ -61,10 +61,14 @@ ROUTES = (
     Route("POST", "/v1/fetch", fetching.fetch, "fetch"),
     Route("POST", "/v1/put", control.put, "put"),
     Route("POST", "/v1/prefetch", control.prefetch, "prefetch"),
+    Route("POST", "/v1/cancel", control.cancel, "cancel"),
+    Route("POST", "/v1/park", control.park, "park"),
+    Route("POST", "/v1/resume", control.resume, "resume"),
     Route("POST", "/v1/pin", control.pin, "pin"),
     Route("POST", "/v1/unpin", control.unpin, "unpin"),
     Route("POST", "/v1/delete", control.delete, "delete"),
     Route("POST", "/v1/flush", control.flush, "flush"),
+    Route("POST", "/v1/verify", verifying.verify, "verify"),
     Route("GET", CHUNK_PATH, chunks.get, "chunk_get"),
     Route("HEAD", CHUNK_PATH, chunks.head, "chunk_head"),
     Route("PUT", CHUNK_PATH, chunks.put, "chunk_put"),

@@ -14,11 +14,11 @@ from kvstore.keys import ROOT
 from kvstore.loan import Loan
 from kvstore.outcome import Miss, PutStatus, Reason
 from kvstore.promotion import Place
-from kvstore.protocol import CHUNK_TYPE, FoundReply, StatusesReply
+from kvstore.protocol import CHUNK_TYPE, FoundReply
 from kvstore.putting import PendingPut
 from kvstore.service.bodies import deadline_of, key_of, parent_of, remaining_ms
 from kvstore.service.daemon import DAEMON
-from kvstore.service.refusal import RefusalError, json_response, missed
+from kvstore.service.refusal import RefusalError, json_response, missed, put_response
 from kvstore.service.streaming import Sender
 from kvstore.store import Store
 
@@ -66,7 +66,7 @@ async def put(request: web.Request) -> web.Response:
     if not isinstance(place, Place):
         await _drain(request, deadline)
         status = await daemon.workers.run(deadline, daemon.store.settle, place, deadline)
-        return json_response(StatusesReply([status]))
+        return put_response([status])
     try:
         await _receive(request, place, nbytes, deadline)
         publishing = daemon.workers.start(_publish, daemon.store, place, key, parent, durable, deadline)
@@ -74,7 +74,7 @@ async def put(request: web.Request) -> web.Response:
         place.abort()
         raise
     status = await daemon.workers.result(publishing, deadline)
-    return json_response(StatusesReply([status]))
+    return put_response([status])
 
 
 async def delete(request: web.Request) -> web.Response:

@@ -20,15 +20,16 @@ from kvstore.protocol import (
     HeadReply,
     InfoReply,
     KeysRequest,
+    MoveRequest,
     PinRequest,
     PrefetchRequest,
     PutEntry,
     PutRequest,
-    StatusesReply,
+    UnpinRequest,
 )
 from kvstore.service.bodies import deadline_of, key_of, keys_of, read_body, remaining_ms
 from kvstore.service.daemon import DAEMON, Daemon
-from kvstore.service.refusal import RefusalError, json_response
+from kvstore.service.refusal import RefusalError, json_response, put_response
 from kvstore.service.staging import Staging
 from kvstore.store import Store
 from kvstore.tier import PutItem
@@ -67,7 +68,7 @@ async def put(request: web.Request) -> web.Response:
         raise RefusalError(413, "too_large", f"more than {daemon.config.request_keys_max} chunks", "chunks")
     items = [_put_item(entry, staging, index) for index, entry in enumerate(body.chunks)]
     statuses = await daemon.workers.run(deadline, _store_all, daemon.store, items, body.durable, deadline)
-    return json_response(StatusesReply(statuses))
+    return put_response(statuses)
 
 
 async def prefetch(request: web.Request) -> web.Response:
@@ -76,7 +77,24 @@ async def prefetch(request: web.Request) -> web.Response:
     body = await read_body(request, PrefetchRequest)
     keys = keys_of(body.keys, daemon.config.request_keys_max)
     deadline = deadline_of(body.deadline_ms)
-    return json_response(StatusesReply(daemon.store.prefetch(keys, deadline_ms=remaining_ms(deadline))))
+    statuses = daemon.store.prefetch(keys, priority=body.priority, deadline_ms=remaining_ms(deadline))
+    return put_response(statuses)
+
+
+async def cancel(request: web.Request) -> web.Response:
+    """Forget promotions that have not begun."""
+    body = await read_body(request, KeysRequest)
+    return await _found(request, body.keys, request.app[DAEMON].store.cancel)
+
+
+async def park(request: web.Request) -> web.Response:
+    """Move a chain out of memory."""
+    return await _moved(request, request.app[DAEMON].store.park)
+
+
+async def resume(request: web.Request) -> web.Response:
+    """Move a chain into memory."""
+    return await _moved(request, request.app[DAEMON].store.resume)
 
 
 async def pin(request: web.Request) -> web.Response:
@@ -85,13 +103,16 @@ async def pin(request: web.Request) -> web.Response:
     if not 0 < body.ttl_seconds < float("inf"):
         raise RefusalError(400, "invalid", f"ttl_seconds is {body.ttl_seconds}; it must be positive", "ttl_seconds")
     store = request.app[DAEMON].store
-    return await _found(request, body.keys, lambda keys: store.pin(keys, ttl_seconds=body.ttl_seconds))
+    return await _found(
+        request, body.keys, lambda keys: store.pin(keys, ttl_seconds=body.ttl_seconds, owner=body.owner)
+    )
 
 
 async def unpin(request: web.Request) -> web.Response:
     """End pins."""
-    body = await read_body(request, KeysRequest)
-    return await _found(request, body.keys, request.app[DAEMON].store.unpin)
+    body = await read_body(request, UnpinRequest)
+    store = request.app[DAEMON].store
+    return await _found(request, body.keys, lambda keys: store.unpin(keys, owner=body.owner))
 
 
 async def delete(request: web.Request) -> web.Response:
@@ -139,6 +160,15 @@ async def _found(request: web.Request, texts: Sequence[str], verb: Callable[[lis
     daemon = request.app[DAEMON]
     keys = keys_of(texts, daemon.config.request_keys_max)
     return json_response(FoundReply(await daemon.workers.run(deadline_of(None), verb, keys)))
+
+
+async def _moved(request: web.Request, verb: Callable[..., list[PutStatus]]) -> web.Response:
+    daemon = request.app[DAEMON]
+    body = await read_body(request, MoveRequest)
+    keys = keys_of(body.keys, daemon.config.request_keys_max)
+    deadline = deadline_of(body.deadline_ms)
+    statuses = await daemon.workers.run(deadline, lambda: verb(keys, deadline_ms=remaining_ms(deadline)))
+    return put_response(statuses)
 
 
 def _put_item(entry: PutEntry, staging: Staging | None, index: int) -> PutItem:

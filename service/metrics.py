@@ -19,7 +19,8 @@ COUNTERS: dict[str, tuple[str, str | None, str]] = {
     "hit_bytes": ("kvstore_hit_bytes", "tier", "Bytes of chunks served, by the tier they came from."),
     "misses": ("kvstore_misses", "reason", "Chunks asked for and not served."),
     "quarantined": ("kvstore_quarantined", "reason", "Bad chunks removed from the tier they were read from."),
-    "prefetches": ("kvstore_prefetches", "outcome", "Prefetches: done, late or busy."),
+    "prefetches": ("kvstore_prefetches", "outcome", "Prefetches: done, late, failed, busy, cancelled or overtaken."),
+    "promotions_refused": ("kvstore_promotions_refused", None, "Chunks served from below and not kept in memory."),
     "deletes": ("kvstore_deletes", None, "Keys deleted."),
     "demoted": ("kvstore_demoted", "tier", "Chunks written behind a put to a durable tier."),
     "demoted_bytes": ("kvstore_demoted_bytes", "tier", "Bytes written behind a put."),
@@ -30,7 +31,14 @@ COUNTERS: dict[str, tuple[str, str | None, str]] = {
     ),
     "transcoded_bytes": ("kvstore_transcoded_bytes", "when", "Bytes of transcoded chunks, before and after."),
     "demotions_failed": ("kvstore_demotions_failed", "tier", "Chunks the durable tier refused."),
-    "demotions_shed": ("kvstore_demotions_shed", "tier", "Chunks not written behind because the queue was full."),
+    "demotions_refused": ("kvstore_demotions_refused", "tier", "Chunks the tier's admission policy kept out."),
+    "demotions_shed": ("kvstore_demotions_shed", "tier", "Chunks not written behind: the queue was full of others."),
+    "demotions_shed_bytes": ("kvstore_demotions_shed_bytes", "tier", "Bytes of the chunks not written behind."),
+    "parked": ("kvstore_parked", None, "Chunks written down because their context was parked."),
+    "parked_bytes": ("kvstore_parked_bytes", None, "Bytes of these chunks."),
+    "let_go": ("kvstore_let_go", "tier", "Chunks that a tier let go of because their context was parked."),
+    "resumed": ("kvstore_resumed", None, "Chunks read into memory because their context was resumed."),
+    "resumed_bytes": ("kvstore_resumed_bytes", None, "Bytes of these chunks."),
     "handed_down": ("kvstore_handed_down", "tier", "Chunks evicted from a tier that the memory below it took."),
     "handed_down_failed": ("kvstore_handed_down_failed", "tier", "Chunks evicted from a tier that it could not take."),
 }
@@ -39,6 +47,8 @@ COUNTERS: dict[str, tuple[str, str | None, str]] = {
 TIER_COUNTERS: dict[str, tuple[str, str]] = {
     "evictions": ("kvstore_tier_evictions", "Chunks evicted."),
     "evicted_bytes": ("kvstore_tier_evicted_bytes", "Bytes evicted."),
+    "refused": ("kvstore_tier_refused", "Chunks that the admission policy kept out."),
+    "refused_bytes": ("kvstore_tier_refused_bytes", "Bytes of the chunks that the admission policy kept out."),
     "io_errors": ("kvstore_tier_io_errors", "Failed reads and writes of the device."),
     "read_bytes": ("kvstore_tier_read_bytes", "Bytes read."),
     "written_bytes": ("kvstore_tier_written_bytes", "Bytes written."),
@@ -52,10 +62,15 @@ USAGE = {
 GAUGES = {
     "kvstore_write_behind_bytes": "Bytes waiting to be written to the durable tier.",
     "kvstore_transient_bytes": "Bytes lent outside every tier.",
+    "kvstore_prefetch_chunks": "Promotions asked for that have not begun.",
+    "kvstore_pins": "Pins, those that have expired included until their room is needed.",
     "kvstore_requests_inflight": "Requests being served now.",
     "kvstore_sessions": "Shared-memory sessions connected now.",
     "kvstore_event_listeners": "Readers of the event stream connected now.",
 }
+_STORE_GAUGES = ("write_behind_bytes", "transient_bytes", "prefetch_chunks", "pins")
+"""Where `Store.stats` has the first of these."""
+
 REQUEST_SECONDS = "kvstore_request_seconds"
 REQUESTS = "kvstore_requests"
 _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0)
@@ -117,7 +132,7 @@ class _StoreCollector(Collector):
                 family.add_metric([value_label] if label else [], count)
             yield family
         yield from _tier_metrics(stats["tiers"])
-        values = (stats["write_behind_bytes"], stats["transient_bytes"], *(gauge() for gauge in self._gauges))
+        values = (*(stats[field] for field in _STORE_GAUGES), *(gauge() for gauge in self._gauges))
         for (name, help_text), value in zip(GAUGES.items(), values, strict=True):
             yield GaugeMetricFamily(name, help_text, value=value)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 from aiohttp import web
 
-from kvstore.outcome import Miss, Reason
-from kvstore.protocol import ErrorBody, ErrorReply
+from kvstore.outcome import Miss, PutStatus, Reason
+from kvstore.protocol import ErrorBody, ErrorReply, StatusesReply
 
 _STATUS = {
     Reason.ABSENT: 404,
@@ -17,7 +17,8 @@ _STATUS = {
     Reason.FULL: 507,
     Reason.TOO_LARGE: 413,
 }
-_RETRY_SECONDS = {429: 1, 503: 1}
+_RETRY_SECONDS = {429: 1, 503: 1, 507: 1}
+_RETRY_REASONS = frozenset({Reason.BUSY, Reason.FULL})
 
 
 class RefusalError(Exception):
@@ -40,6 +41,12 @@ class RefusalError(Exception):
 def missed(miss: Miss) -> RefusalError:
     """The refusal for a chunk that cannot be served; its code is the miss's reason."""
     return RefusalError(_STATUS.get(miss.reason, 502), str(miss.reason), miss.detail or str(miss.reason))
+
+
+def put_response(statuses: list[PutStatus]) -> web.Response:
+    """The answer to puts; with Retry-After if some were refused because a bound had been reached."""
+    retry = any(status.reason in _RETRY_REASONS for status in statuses)
+    return json_response(StatusesReply(statuses), headers={"Retry-After": "1"} if retry else None)
 
 
 def json_response(body: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

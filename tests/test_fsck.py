@@ -12,10 +12,11 @@ from kvstore.errors import TierError, VolumeBusyError
 from kvstore.testing.chunks import sample_container, sample_key
 from kvstore.tier import IO_ALIGN, PutItem
 from kvstore.tiers import fsck
-from kvstore.tiers.catalog import Catalog, pack_record
+from kvstore.tiers.catalog import Catalog
 from kvstore.tiers.fsck import check
 from kvstore.tiers.index import ChunkEntry
 from kvstore.tiers.nvme import NvmeTier
+from kvstore.tiers.records import pack_record
 from kvstore.tiers.volume import entries_max, journal_pages, read_superblock
 
 CAPACITY_BYTES = 1 << 20

@@ -12,9 +12,10 @@ from kvstore import kernels
 from kvstore.keys import ROOT
 from kvstore.testing.harness import key_of
 from kvstore.tiers import catalog, packed_index
-from kvstore.tiers.catalog import load_index, pack_record
+from kvstore.tiers.catalog import load_index
 from kvstore.tiers.index import ChunkEntry, ChunkIndex, Index
 from kvstore.tiers.packed_index import PackedIndex
+from kvstore.tiers.records import pack_record
 
 native = pytest.importorskip("kvstore._native", reason="the C++ kernels were not built")
 
@@ -81,6 +82,7 @@ def test_both_indexes_answer_alike(steps: list[tuple[str, int, int | None]]) -> 
             one, other = plain.get(key), table.get(key)
             assert (one is None) == (other is None)
             assert one is None or other is None or (fields(one)[:3], one.parent) == (fields(other)[:3], other.parent)
+        assert list(map(fields, plain.by_offset(3 << 12, 4))) == list(map(fields, table.by_offset(3 << 12, 4)))
         assert [array.tolist() for array in plain.extents()] == [array.tolist() for array in table.extents()]
 
 

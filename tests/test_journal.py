@@ -14,11 +14,12 @@ from kvstore.testing.chunks import sample_container, sample_key
 from kvstore.testing.harness import bytes_of, key_of
 from kvstore.tier import IO_ALIGN, PutItem
 from kvstore.tiers import fsck
-from kvstore.tiers.catalog import Operation, Position, pack_record
+from kvstore.tiers.catalog import Position
 from kvstore.tiers.evidence import Evidence, Kind, agrees, evidence_of
 from kvstore.tiers.index import ChunkEntry
 from kvstore.tiers.journal import OPERATIONS_PER_PAGE, Page, Replay, replay
 from kvstore.tiers.nvme import NvmeTier
+from kvstore.tiers.records import Operation, pack_record
 from kvstore.tiers.volume import VOLUME_NAME, read_superblock
 
 UUID = bytes(range(16))

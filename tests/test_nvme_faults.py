@@ -17,10 +17,10 @@ from kvstore.testing.chunks import sample_container, sample_key
 from kvstore.testing.hammer import hammer
 from kvstore.tier import IO_ALIGN, PutItem, ReadItem
 from kvstore.tiers import fsck
-from kvstore.tiers.catalog import RECORD
 from kvstore.tiers.directio import PosixIo, aligned_buffer, page_up
 from kvstore.tiers.journal import Page
 from kvstore.tiers.nvme import NvmeTier
+from kvstore.tiers.records import RECORD
 from kvstore.tiers.volume import VOLUME_NAME, Superblock, read_superblock
 
 CAPACITY_BYTES = 48 * IO_ALIGN
@@ -308,8 +308,15 @@ def test_a_chunk_on_a_bad_place_is_dropped_and_the_place_not_used_again(tmp_path
     assert counters["io_errors"] == 1
     assert counters["quarantined_bytes"] == page_up(len(CHUNKS[key]))
     tier.close()
+    report = fsck.check(tmp_path)
+    assert report.clean
+    assert report.quarantined_bytes == page_up(len(CHUNKS[key]))
     again = NvmeTier(tmp_path, CAPACITY_BYTES)
-    assert again.usage().used_bytes == sum(page_up(len(CHUNKS[k])) for k in (key, other))
+    stored = sum(page_up(len(CHUNKS[k])) for k in (key, other))
+    assert again.usage().used_bytes == stored + page_up(len(CHUNKS[key]))
+    assert again.counters()["quarantined_bytes"] == page_up(len(CHUNKS[key]))
+    put_all(again, list(CHUNKS)[2:])
+    assert place.offset not in {entry.offset for entry in again._volume.space.index}
     again.close()
 
 

@@ -7,11 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parent / "chaos" / "kill_nvme.py"
 
 
-def test_nothing_acknowledged_is_lost_and_nothing_leaks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("volumes", [1, 3])
+def test_nothing_acknowledged_is_lost_and_nothing_leaks(volumes: int, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--rounds", "15", "--seed", "7", "--dir", str(tmp_path)]
+    command += ["--volumes", str(volumes)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
     tally = json.loads(done.stdout)

@@ -21,10 +21,11 @@ from kvstore.keys import ROOT
 from kvstore.outcome import Reason
 from kvstore.testing.harness import aligned, bytes_of, get, item, key_of, present, put
 from kvstore.tier import IO_ALIGN, ReadItem
-from kvstore.tiers.catalog import RECORD, Catalog, pack_record, recover
+from kvstore.tiers.catalog import Catalog, recover
 from kvstore.tiers.directio import PosixIo
 from kvstore.tiers.index import ChunkEntry
 from kvstore.tiers.nvme import NvmeTier
+from kvstore.tiers.records import RECORD, pack_record
 from kvstore.tiers.volume import CAPACITY_BYTES_MIN, FORMAT_VERSION, Superblock, entries_max
 
 CAPACITY_BYTES = 1 << 20
@@ -112,13 +113,6 @@ def test_a_volume_grows(volume: Path) -> None:
     assert present(tier, range(5)) == [0, 1, 2, 3, 4]
     assert (volume / "volume-000").stat().st_size == 2 * CAPACITY_BYTES
     tier.close()
-
-
-def test_a_volume_does_not_shrink(volume: Path) -> None:
-    error = str(open_error(volume, CAPACITY_BYTES - IO_ALIGN))
-    assert str(CAPACITY_BYTES) in error
-    assert "delete" in error
-    NvmeTier(volume, CAPACITY_BYTES).close()
 
 
 def test_what_an_interrupted_growth_left_is_cut(volume: Path) -> None:

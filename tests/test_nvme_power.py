@@ -17,9 +17,11 @@ from kvstore.testing.harness import bytes_of
 from kvstore.testing.power import RecordingIo, crash
 from kvstore.tier import IO_ALIGN, PutItem, ReadItem, Removal
 from kvstore.tiers import fsck
-from kvstore.tiers.catalog import Position, Row
+from kvstore.tiers.catalog import Position
 from kvstore.tiers.directio import aligned_buffer, page_up
+from kvstore.tiers.groupcommit import GroupCommitter
 from kvstore.tiers.nvme import NvmeTier
+from kvstore.tiers.records import Row
 from kvstore.tiers.volume import VOLUME_NAME
 
 CAPACITY_BYTES = 48 * IO_ALIGN
@@ -63,6 +65,7 @@ class Life:
         tier = NvmeTier(self.directory / "tier", CAPACITY_BYTES, io=self.io, io_threads=2, **self.options)  # type: ignore[arg-type]
         tier.listener = self
         committer = tier._volume.committer
+        assert isinstance(committer, GroupCommitter)
         apply = committer._apply
 
         def watched(rows: Iterable[Row], position: Position) -> None:

@@ -13,6 +13,8 @@ from kvstore.bench.replay import belady, chains, replay
 from kvstore.bench.replay_trace import KINDS, synthetic
 from kvstore.tiers.policies.adaptive import AdaptivePolicy
 from kvstore.tiers.policies.chained import Node
+from kvstore.tiers.policies.prompts import KINDS as PROMPT_KINDS
+from kvstore.tiers.policies.prompts import LAST, Prompt, PromptTracker
 from kvstore.tiers.policies.ranked_queues import RankedQueues
 from kvstore.tiers.policies.registry import open_policy
 from kvstore.tiers.policies.reuse_model import (
@@ -47,9 +49,7 @@ def test_buckets_lie_between_their_edges() -> None:
         bucket = model.bucket(age)
         assert edges[bucket] <= age < edges[bucket + 1]
     assert model.bucket(10**9) == BUCKETS - 1
-    assert [visit_class(visits) for visits in (1, 2, 3, 4, 5, 7, 8, 15, 16, 31, 32, 10**6)] == [
-        0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 7,
-    ]  # fmt: skip
+    assert [visit_class(visits) for visits in (1, 2, 3, 4, 5, 8, 9, 10**6)] == [0, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_what_is_not_known_is_ranked_by_recency() -> None:
@@ -60,16 +60,16 @@ def test_what_is_not_known_is_ranked_by_recency() -> None:
 def test_the_model_learns_that_chunks_come_back_after_a_pause() -> None:
     model = ReuseModel(1000)
     for number in range(20_000):
-        model.saw(number, 0, number)
+        model.saw(number, 1, Prompt(), number)
         if number >= 500:
-            model.saw(number - 500, 1, number)
+            model.saw(number - 500, 2, Prompt(), number)
     model.learn(20_000)
     bucket = model.bucket(500)
     once = model.worth[:BUCKETS]
     assert max(once) == once[bucket], "just before the return a chunk is worth most"
     assert once[bucket] > 2 * once[0]
     assert once[bucket + 1] < once[bucket] / 10, "and after it little"
-    assert once[0] > 5 * model.worth[BUCKETS], "what has come back once does not come again"
+    assert once[0] > 5 * model.worth[PROMPT_KINDS * BUCKETS], "what has come back once does not come again"
 
 
 def test_the_model_samples_within_its_bound_and_reaches_back_far_enough() -> None:
@@ -77,7 +77,7 @@ def test_the_model_samples_within_its_bound_and_reaches_back_far_enough() -> Non
     model.widen(1000)
     draw = random.Random(5)
     for number in range(5000):
-        model.saw(draw.getrandbits(56), 0, number)
+        model.saw(draw.getrandbits(56), 1, LAST, number)
     model.learn(5000)
     assert len(model.worth) == CLASSES * BUCKETS
 
@@ -131,3 +131,26 @@ def test_the_default_is_never_far_behind_lru(kind: str) -> None:
         assert default.found >= 0.93 * lru.found - 0.005 * lru.asked
         assert default.written <= lru.written * 1.05
         assert max(default.found, lru.found) <= ideal.found
+
+
+def test_prompts_are_told_apart_by_their_chains() -> None:
+    head, one, two, three, four = (bytes([number]) * 32 for number in range(1, 6))
+    prompts = PromptTracker()
+    nodes = {key: object() for key in (head, one)}
+    first = prompts.used(one, nodes[one], nodes[head])
+    assert prompts.used(head, nodes[head], None) is first
+    assert prompts.expect([two, three], one, 2) is None
+    assert (prompts.of(two), prompts.of(three)) == (first, LAST)
+    assert (first.new, first.kind) == (2, 1)
+    assert prompts.expect([four], three, 1) == three, "the prompt goes on, so that was not its end"
+    assert (prompts.latest, first.new) == (first, 3)
+    assert prompts.used(head, nodes[head], None) is not first
+    assert prompts.expect([three], one, 1) is None
+    assert prompts.latest.new == 1
+    kinds = []
+    for new in (0, 1, 2, 3, 4, 8, 15, 16, 999):
+        prompt = Prompt()
+        prompt.add(new)
+        kinds.append(prompt.kind)
+    assert kinds == [0, 0, 1, 1, 2, 3, 3, 4, 4]
+    assert LAST.kind == PROMPT_KINDS - 1

@@ -247,7 +247,7 @@ def test_prefetch_promotes_and_is_bounded(open_store: OpenStore) -> None:
     statuses = again.prefetch([*keys, sample_key(77)])
     assert statuses[-1].reason == Reason.ABSENT
     assert all(s.stored or s.reason == Reason.BUSY for s in statuses[:-1])
-    again._movers.shutdown(wait=True)
+    wait_until(lambda: again.counters.get("prefetches", "done") == 4)
     promoted = again.tiers[0].sizes(keys)
     assert [size is not None for size in promoted] == [s.stored for s in statuses[:-1]]
 
@@ -324,6 +324,10 @@ def test_callers_mistakes_raise(open_store: OpenStore) -> None:
         store.fetch([], order="column")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="ttl_seconds"):
         store.pin([sample_key(1)], ttl_seconds=0)
+    with pytest.raises(ConfigError, match="all zeros"):
+        store.put([PutItem(ROOT, memoryview(sample_container(ROOT)))])
+    with pytest.raises(ConfigError, match="its own parent"):
+        store.reserve(sample_key(1), 4096, parent=sample_key(1))
     with pytest.raises(ConfigError, match="at least one"):
         Store([])
 

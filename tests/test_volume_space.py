@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from kvstore.testing.harness import key_of
-from kvstore.tiers.catalog import Operation
 from kvstore.tiers.extents import ExtentAllocator
 from kvstore.tiers.groupcommit import Ticket
 from kvstore.tiers.index import ChunkEntry
 from kvstore.tiers.packed_index import new_index
+from kvstore.tiers.records import Operation
 from kvstore.tiers.volume_space import Reservation, VolumeSpace
 
 PAGE = 4096

@@ -1,8 +1,6 @@
-"""The catalog: what a volume held at the last checkpoint, durably. LMDB, key -> fixed record; values are places.
+"""The catalog: what a volume held at the last checkpoint, durably. LMDB, key -> record; values are places.
 
-Record, little-endian, 64 bytes: volume number u16, reserved u16 (zero), check u32, offset u64 (of the extent, from
-the first byte behind the journal), bytes u64, access number u64, parent key 32. `check` is the low half of the XXH3-64
-of the key and of everything behind the check, so that a damaged record is dropped instead of believed.
+Records are those of `kvstore.tiers.records`; besides chunks, rows name bad places (`kvstore.tiers.bad_places`).
 
 The meta record says which volume it belongs to and where in the journal (`kvstore.tiers.journal`) the checkpoint
 stands: an epoch, and the sequence of the first page whose operations are not in here.
@@ -15,50 +13,32 @@ from __future__ import annotations
 
 import logging
 import os
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import lmdb
 import msgspec
 import numpy as np
 
-from kvstore import kernels
 from kvstore.errors import TierError, VolumeFormatError
 from kvstore.keys import KEY_BYTES
-from kvstore.tiers.evidence import Evidence
+from kvstore.tiers.bad_places import Place, merged, parse_row, touching
 from kvstore.tiers.extents import ExtentAllocator
 from kvstore.tiers.index import ChunkEntry, ChunkIndex, Index
 from kvstore.tiers.packed_index import PackedIndex, native_table
+from kvstore.tiers.records import RECORD, Row, is_sound
+from kvstore.tiers.volume import BASE_BITS
 
 _log = logging.getLogger(__name__)
 
 CATALOG_FILE = "data.mdb"
 _META_KEY = b"volume"
 CATALOG_VERSION = 2
-RECORD = struct.Struct("<HHIQQQ32s")
-RECORD_BYTES = RECORD.size
-_CHECKED = 8
-"""Where the part of a record that `check` covers begins."""
-
 _PROBLEMS = {
     "size": "key of {key} and record of {record} bytes",
     "checksum": "record is damaged (checksum)",
     "twice": "the key is named twice",
 }
-
-Row = tuple[bytes, bytes | None]
-"""(key, record) to write, (key, None) to delete."""
-
-
-class Operation(NamedTuple):
-    """One change: a chunk was stored, and the evidence of its bytes; or deleted, when `record` is None."""
-
-    key: bytes
-    record: bytes | None
-    evidence: Evidence = Evidence()
-
 
 FILL_BYTES_MIN = 1 << 20
 FILL_BYTES_MAX = 16 << 20
@@ -86,6 +66,12 @@ class _Meta(msgspec.Struct, frozen=True):
     sequence: int = 0
 
 
+Odd = tuple[bytes, bytes, str]
+"""(key, record, problem) of a row that is no sound record of a chunk; it may name a bad place."""
+
+_SPAN = 1 << BASE_BITS
+
+
 class BadRecord(msgspec.Struct, frozen=True):
     """A record that cannot be believed, and why."""
 
@@ -93,81 +79,109 @@ class BadRecord(msgspec.Struct, frozen=True):
     problem: str
 
 
+class Source(msgspec.Struct, frozen=True):
+    """What one catalog holds.
+
+    `rows` are (key, record), untrusted; about `expected` of them (right, it saves time). Chunks lie in the `data_bytes`
+    from the place `base` on.
+    """
+
+    rows: Iterable[tuple[bytes, bytes]]
+    data_bytes: int
+    expected: int = 0
+    base: int = 0
+
+
 class Recovered(msgspec.Struct, frozen=True):
-    """What a catalog says a volume holds: the good chunks, and the records to drop."""
+    """What a catalog says a volume holds: the good chunks, the records to drop, and the bad places.
+
+    `index` is that of all volumes recovered together. `extents` and `bad_places` count from the base of their own.
+    """
 
     index: Index
     bad: list[BadRecord]
     extents: ExtentAllocator
+    bad_places: list[Place]
 
 
-def pack_record(entry: ChunkEntry) -> bytes:
-    """The record of a chunk."""
-    record = RECORD.pack(0, 0, 0, entry.offset, entry.nbytes, entry.access, entry.parent)
-    return _prefix(entry.key, record[_CHECKED:]) + record[_CHECKED:]
+def recover(rows: Iterable[tuple[bytes, bytes]], data_bytes: int, expected: int = 0, base: int = 0) -> Recovered:
+    """What the catalog of one volume says; see `recover_all`."""
+    (found,) = recover_all([Source(rows, data_bytes, expected, base)])
+    return found
 
 
-def _prefix(key: bytes, body: bytes) -> bytes:
-    """What comes before the checked part of a record: volume 0, reserved, check."""
-    return struct.pack("<HHI", 0, 0, kernels.xxh3(key + body) & 0xFFFFFFFF)
+def recover_all(sources: Sequence[Source]) -> list[Recovered]:
+    """Check every record of some catalogs against its own check, its volume's size and all other records.
 
-
-def place_of(key: bytes, record: bytes, data_bytes: int) -> tuple[int, int] | None:
-    """(offset, bytes) of the chunk that a record names, None if the record cannot be believed."""
-    if len(record) != RECORD.size or record[:_CHECKED] != _prefix(key, record[_CHECKED:]):
-        return None
-    _, _, _, offset, nbytes, _, _ = RECORD.unpack(record)
-    return (offset, nbytes) if nbytes and offset + nbytes <= data_bytes else None
-
-
-def recover(rows: Iterable[tuple[bytes, bytes]], data_bytes: int, expected: int = 0) -> Recovered:
-    """Check every record of a catalog against its own check, the volume's size and all other records.
-
-    Args:
-        rows: (key, record) as they are in the catalog; untrusted bytes.
-        data_bytes: size of the part of the volume that chunks lie in.
-        expected: about how many rows there are; right, it saves time.
-
-    Records that do not add up are in `bad`; of extents that overlap, all are. `extents` is the allocator with exactly
-    the good chunks taken, so nothing can leak.
+    Records that do not add up are in `bad`; of extents that overlap, all are, and every chunk on a bad place is; of two
+    records for one key the first stays. `extents` is the allocator with exactly the good chunks and the bad places
+    taken, so nothing can leak.
     """
-    index, bad = load_index(rows, expected)
-    extents = ExtentAllocator(data_bytes)
-    # What does not fit in 63 bits becomes negative here and is refused by the allocator.
-    offsets, sizes = index.extents()
-    refused = extents.claim_all(offsets.astype(np.int64), sizes.astype(np.int64))
-    refused |= sizes == 0
-    if refused.any():
-        for entry in [entry for entry, wrong in zip(index, refused, strict=True) if wrong]:
-            place = f"extent of {entry.nbytes} bytes at {entry.offset}"
-            bad.append(BadRecord(entry.key, f"{place} is out of range, not aligned, or overlaps another"))
-            index.remove(entry)
-    return Recovered(index, bad, extents)
+    index, odds = load_indexes(sources)
+    # What does not fit in 63 bits becomes negative here and is refused.
+    offsets, sizes = (column.astype(np.int64) for column in index.extents())
+    hopeless = np.ones(len(offsets), dtype=np.bool_)
+    out = []
+    for source, odd in zip(sources, odds, strict=True):
+        places = [parse_row(key, record) for key, record, _ in odd]
+        bad = [
+            BadRecord(key, _PROBLEMS[problem].format(key=len(key), record=len(record)))
+            for (key, record, problem), place in zip(odd, places, strict=True)
+            if place is None
+        ]
+        local = ((start - source.base, end - source.base) for start, end in filter(None, places) if end > source.base)
+        bad_places = merged(local, source.data_bytes)
+        mine = np.flatnonzero((offsets >= source.base) & (offsets < source.base + source.data_bytes) & (sizes > 0))
+        mine = mine[~touching(bad_places, offsets[mine] - source.base, sizes[mine])]
+        starts, ends = np.array(bad_places, dtype=np.int64).reshape(-1, 2).T
+        extents = ExtentAllocator(source.data_bytes)
+        refused = extents.claim_all(
+            np.concatenate((offsets[mine] - source.base, starts)), np.concatenate((sizes[mine], ends - starts))
+        )
+        hopeless[mine] = refused[: len(mine)]
+        out.append(Recovered(index, bad, extents, bad_places))
+    for entry in [entry for entry, wrong in zip(index, hopeless, strict=True) if wrong] if hopeless.any() else ():
+        place = f"extent of {entry.nbytes} bytes at {entry.offset}"
+        problem = f"{place} is out of range, not aligned, on a bad place, or overlaps another"
+        owner = next((at for at, source in enumerate(sources) if source.base <= entry.offset < source.base + _SPAN), 0)
+        out[owner].bad.append(BadRecord(entry.key, problem))
+        index.remove(entry)
+    return out
 
 
-def load_index(rows: Iterable[tuple[bytes, bytes]], expected: int = 0) -> tuple[Index, list[BadRecord]]:
-    """The index of what sound records name, by access number, and the records that are not sound."""
+def load_index(rows: Iterable[tuple[bytes, bytes]], expected: int = 0) -> tuple[Index, list[Odd]]:
+    """The index of what sound records of chunks name, by access number, and other rows."""
+    index, (odd,) = load_indexes([Source(rows, 0, expected)])
+    return index, odd
+
+
+def load_indexes(sources: Sequence[Source]) -> tuple[Index, list[list[Odd]]]:
+    """One index of what sound records of chunks name in several catalogs, and the other rows of each."""
     table = native_table()
-    bad: list[BadRecord] = []
     if table is not None:
-        for key, record, problem in table.load(rows, expected):
-            bad.append(BadRecord(key, _PROBLEMS[problem].format(key=len(key), record=len(record))))
-        return PackedIndex(table, table.last_access()), bad
+        odds = [table.load(source.rows, len(table) + source.expected) for source in sources]
+        return PackedIndex(table, table.last_access()), odds
     entries: dict[bytes, ChunkEntry] = {}
+    odds = [_load_plain(entries, source.rows) for source in sources]
+    return ChunkIndex(sorted(entries.values(), key=lambda entry: entry.access)), odds
+
+
+def _load_plain(entries: dict[bytes, ChunkEntry], rows: Iterable[tuple[bytes, bytes]]) -> list[Odd]:
+    odd = []
     for key, record in rows:
         problem = ""
         if len(key) != KEY_BYTES or len(record) != RECORD.size:
             problem = "size"
-        elif record[:_CHECKED] != _prefix(key, record[_CHECKED:]):
+        elif not is_sound(key, record):
             problem = "checksum"
         elif key in entries:
             problem = "twice"
         if problem:
-            bad.append(BadRecord(key, _PROBLEMS[problem].format(key=len(key), record=len(record))))
+            odd.append((key, record, problem))
         else:
             _, _, _, offset, nbytes, access, parent = RECORD.unpack(record)
             entries[key] = ChunkEntry(key, offset, nbytes, access, parent)
-    return ChunkIndex(sorted(entries.values(), key=lambda entry: entry.access)), bad
+    return odd
 
 
 class Catalog:
@@ -185,7 +199,10 @@ class Catalog:
 
     def __init__(self, path: Path, uuid: bytes, entries_max: int) -> None:
         self._path = path
-        self.bytes_max = (32 << 20) + entries_max * RECORD_BYTES_ON_DISK
+        existing = path / CATALOG_FILE
+        # A volume that has shrunk still has the catalog of its larger days.
+        existing_bytes = existing.stat().st_size if existing.exists() else 0
+        self.bytes_max = max((32 << 20) + entries_max * RECORD_BYTES_ON_DISK, existing_bytes)
         try:
             self._environment = lmdb.open(
                 str(path), map_size=self.bytes_max, max_dbs=2, mode=0o600, lock=False, readahead=False, meminit=False

@@ -19,12 +19,13 @@ import queue
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
 
 from kvstore.tier import IO_ALIGN
+from kvstore.tiers.pieces import Piece, joined, slice_of
 
 PIECE_BYTES_DEFAULT = 4 << 20
 THREADS_DEFAULT = 8
@@ -51,6 +52,17 @@ class Io(Protocol):
 
     def allocate(self, descriptor: int, nbytes: int) -> None:
         """Make the first `nbytes` of the file exist on the device."""
+
+
+@runtime_checkable
+class SupportsDeviceIo(Protocol):
+    """System calls that can also fill memory on a device."""
+
+    def start_device_read(self, descriptor: int, target: Any, nbytes: int, offset: int) -> Callable[[], int]:
+        """Begin to fill `nbytes` of `target`; what is answered waits for the end and says how many were read."""
+
+    def describe(self) -> dict[str, Any]:
+        """How transfers go here; JSON types only."""
 
 
 class PosixIo:
@@ -89,15 +101,6 @@ class Span(msgspec.Struct, frozen=True):
     nbytes: int
 
 
-class _Piece(msgspec.Struct, frozen=True):
-    """One transfer: `buffers` at `position`; or, with no buffers, `view` by way of a bounce buffer."""
-
-    span: int
-    position: int
-    buffers: list[memoryview]
-    view: memoryview
-
-
 def aligned_buffer(nbytes: int) -> memoryview:
     """Writable memory of `nbytes` that starts on a page."""
     return memoryview(mmap.mmap(-1, nbytes))
@@ -113,15 +116,19 @@ def page_up(nbytes: int) -> int:
     return -(-nbytes // IO_ALIGN) * IO_ALIGN
 
 
-def probe_direct(io: Io, path: str) -> int | None:
-    """A descriptor of `path` opened with O_DIRECT if a real read and write of its first page work, else None."""
+def probe_direct(io: Io, path: str, first_page: bytes) -> int | None:
+    """A descriptor of `path` opened with O_DIRECT if a real read and write of its first page work, else None.
+
+    The page is written only if `first_page` is what was read: a bit that was read wrong must not be stored.
+    """
     try:
         descriptor = io.open(path, os.O_RDWR | os.O_DIRECT)
     except OSError:
         return None
     page = aligned_buffer(IO_ALIGN)
     try:
-        if io.read(descriptor, [page], 0) == IO_ALIGN and io.write(descriptor, [page], 0) == IO_ALIGN:
+        read = io.read(descriptor, [page], 0)
+        if read == IO_ALIGN and page == first_page and io.write(descriptor, [page], 0) == IO_ALIGN:
             return descriptor
     except OSError:
         pass
@@ -164,12 +171,12 @@ class ParallelFile:
         Bytes of a view behind `nbytes`, up to the next page, may be overwritten with what follows in the file.
         """
         tails: list[tuple[memoryview, memoryview]] = []
-        pieces: deque[_Piece] = deque()
+        pieces: deque[Piece] = deque()
         for index, span in enumerate(spans):
             tail = self._cut(pieces, index, span, whole_pages=len(span.view) >= page_up(span.nbytes))
             if tail is not None:
                 tails.append(tail)
-        errors = self._run(self._readers, pieces, self._read_piece)
+        errors = self._run(self._readers, joined(pieces, self._piece_bytes, self._threads), self._read_piece)
         for page, target in tails:
             target[:] = page[: len(target)]
         return [errors.get(index) for index in range(len(spans))]
@@ -179,14 +186,39 @@ class ParallelFile:
 
         `meanwhile` runs on the calling thread while the others write.
         """
-        pieces: deque[_Piece] = deque()
+        pieces: deque[Piece] = deque()
         for index, span in enumerate(spans):
             tail = self._cut(pieces, index, span, whole_pages=False)
             if tail is not None:
                 page, source = tail
                 page[: len(source)] = source
-        errors = self._run(self._writers, pieces, self._write_piece, meanwhile)
+        errors = self._run(
+            self._writers, joined(pieces, self._piece_bytes, self._threads), self._write_piece, meanwhile
+        )
         return [errors.get(index) for index in range(len(spans))]
+
+    @property
+    def device_io(self) -> bool:
+        """True if memory on a device can be filled."""
+        return isinstance(self._io, SupportsDeviceIo)
+
+    def describe(self) -> dict[str, Any]:
+        """How bytes move here; JSON types only."""
+        return self._io.describe() if isinstance(self._io, SupportsDeviceIo) else {"io_backend": "posix"}
+
+    def start_device_read(self, target: Any, position: int, nbytes: int) -> Callable[[], OSError | None]:
+        """Begin to fill memory on a device, where `device_io`; the answer waits for the end. Raises OSError."""
+        assert isinstance(self._io, SupportsDeviceIo), "only some back ends reach a device's memory"
+        wait_for = self._io.start_device_read(self._descriptor, target, nbytes, position)
+
+        def end() -> OSError | None:
+            try:
+                got = wait_for()
+            except OSError as error:
+                return error
+            return None if got == nbytes else OSError(errno.EIO, f"only {got} of {nbytes} bytes read at {position}")
+
+        return end
 
     def sync(self) -> None:
         """Return when everything written before has reached the device. Raises OSError."""
@@ -199,7 +231,7 @@ class ParallelFile:
         self._io.close(self._descriptor)
 
     def _cut(
-        self, pieces: deque[_Piece], index: int, span: Span, *, whole_pages: bool
+        self, pieces: deque[Piece], index: int, span: Span, *, whole_pages: bool
     ) -> tuple[memoryview, memoryview] | None:
         """Append the pieces of one span; answers (page, part of the view) if its tail needs a page of its own."""
         if not span.nbytes:
@@ -210,7 +242,7 @@ class ParallelFile:
             if (address(span.view) | span.position) % IO_ALIGN:
                 for start in range(0, span.nbytes, self._piece_bytes - IO_ALIGN):
                     part = span.view[start : min(start + self._piece_bytes - IO_ALIGN, span.nbytes)]
-                    pieces.append(_Piece(index, span.position + start, [], part))
+                    pieces.append(Piece(index, span.position + start, [], part))
                 return None
             body = span.nbytes // IO_ALIGN * IO_ALIGN
             if whole_pages:
@@ -220,15 +252,15 @@ class ParallelFile:
                 buffers = [span.view[:body], tail[0]]
         total = sum(map(len, buffers))
         for start in range(0, total, self._piece_bytes):
-            part_buffers = _slice(buffers, start, min(start + self._piece_bytes, total))
-            pieces.append(_Piece(index, span.position + start, part_buffers, span.view))
+            part_buffers = slice_of(buffers, start, min(start + self._piece_bytes, total))
+            pieces.append(Piece(index, span.position + start, part_buffers, span.view))
         return tail
 
     def _run(
         self,
         executor: ThreadPoolExecutor,
-        pieces: deque[_Piece],
-        move: Callable[[_Piece], None],
+        pieces: deque[Piece],
+        move: Callable[[Piece], None],
         meanwhile: Callable[[], None] | None = None,
     ) -> dict[int, OSError]:
         """Move all pieces, the calling thread lending a hand after `meanwhile`; answers the first error of each span
@@ -242,11 +274,14 @@ class ParallelFile:
                     piece = pieces.popleft()
                 except IndexError:
                     return
-                if piece.span not in errors:
+                if piece.parts or piece.span not in errors:
                     try:
                         move(piece)
                     except OSError as error:
-                        errors.setdefault(piece.span, error)
+                        if piece.parts:
+                            pieces.extend(piece.parts)  # one by one, to learn whose trouble it is
+                        else:
+                            errors.setdefault(piece.span, error)
 
         helpers = [executor.submit(work) for _ in range(min(self._threads, len(pieces)) - 1)]
         try:
@@ -262,7 +297,7 @@ class ParallelFile:
                 helper.result()
         return errors
 
-    def _read_piece(self, piece: _Piece) -> None:
+    def _read_piece(self, piece: Piece) -> None:
         if piece.buffers:
             _move_all(self._io.read, self._descriptor, piece.buffers, piece.position, self._align)
             return
@@ -275,7 +310,7 @@ class ParallelFile:
         finally:
             self._bounce.put(bounce)
 
-    def _write_piece(self, piece: _Piece) -> None:
+    def _write_piece(self, piece: Piece) -> None:
         if piece.buffers:
             _move_all(self._io.write, self._descriptor, piece.buffers, piece.position, self._align)
             return
@@ -301,18 +336,6 @@ def _copy(target: memoryview, source: memoryview) -> None:
     np.copyto(np.frombuffer(target, dtype=np.uint8), np.frombuffer(source, dtype=np.uint8))
 
 
-def _slice(buffers: Sequence[memoryview], start: int, stop: int) -> list[memoryview]:
-    """Bytes `start .. stop` of the concatenation of `buffers`, without copying."""
-    out = []
-    for buffer in buffers:
-        part = buffer[max(0, start) : max(0, stop)]
-        if len(part):
-            out.append(part)
-        start -= len(buffer)
-        stop -= len(buffer)
-    return out
-
-
 def _move_all(
     call: Callable[[int, Sequence[memoryview], int], int],
     descriptor: int,
@@ -324,7 +347,7 @@ def _move_all(
     total = sum(map(len, buffers))
     done = 0
     while done < total:
-        moved = call(descriptor, _slice(buffers, done, total) if done else buffers, position + done)
+        moved = call(descriptor, slice_of(buffers, done, total) if done else buffers, position + done)
         moved -= moved % align  # direct I/O can only go on from an aligned place
         if moved <= 0:
             raise OSError(errno.EIO, f"only {done} of {total} bytes moved at {position}")

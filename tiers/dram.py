@@ -19,6 +19,7 @@ from kvstore.keys import KEY_BYTES, ROOT
 from kvstore.outcome import Miss, PutStatus, Reason
 from kvstore.tier import IO_ALIGN, Entry, HandDown, PutItem, ReadItem, Removal, Tier, Usage
 from kvstore.tiers.arena import Arena
+from kvstore.tiers.eviction_order import NATIVE, attach
 from kvstore.tiers.index import ChunkEntry
 from kvstore.tiers.leases import DramLease, DramSlot, Holdings
 from kvstore.tiers.space import ChunkSpace
@@ -33,7 +34,7 @@ HANDED_DOWN_MAX = 10_000
 
 
 class DramTier(Tier):
-    """A bounded in-memory tier; evicts the least recently used chunk that is neither leased nor pinned.
+    """A bounded in-memory tier; evicts what its policy names of what is neither leased nor pinned.
 
     Args:
         capacity_bytes: the hard bound, rounded down to whole pages; every chunk counts with its padding.
@@ -44,13 +45,14 @@ class DramTier(Tier):
         pin_for_cuda: register the arena with CUDA, so that GPUs copy from it directly; `arena.pinned` says if it is.
         numa_node: take the memory from that node and no other; a CXL expander is a node.
         bandwidth_gb_per_second: what the owner of the machine says such memory delivers; 0 if unsaid.
+        policy: who is evicted first, one of `kvstore.tiers.policies.registry.EVICTIONS`.
 
     Attributes:
         hand_down: offered each chunk that is evicted while its bytes can still be read; set it before the first call.
 
     Raises:
-        ConfigError: the capacity is less than a page or more than the machine's memory, there is no such node, or the
-            bandwidth is negative.
+        ConfigError: the capacity is less than a page or more than the machine's memory, there is no such node or
+            policy, or the bandwidth is negative.
         TierError: the system has no sealable shared memory.
     """
 
@@ -67,6 +69,7 @@ class DramTier(Tier):
         pin_for_cuda: bool = False,
         numa_node: int | None = None,
         bandwidth_gb_per_second: float = 0.0,
+        policy: str = NATIVE,
     ) -> None:
         capacity_bytes -= capacity_bytes % IO_ALIGN
         if capacity_bytes < IO_ALIGN:
@@ -83,6 +86,7 @@ class DramTier(Tier):
         self.hand_down: HandDown | None = None
         self._lock = threading.Lock()
         self._space = ChunkSpace(capacity_bytes)
+        attach(self._space.index, policy, "", capacity_bytes, asks=False)
         self._holdings = Holdings()
         self._closed = False
         self._counters = dict.fromkeys(
@@ -132,12 +136,30 @@ class DramTier(Tier):
                     self._space.index.pin(entry, expires_at)
         return [entry is not None for entry in entries]
 
-    def unpin(self, keys: Sequence[bytes]) -> list[bool]:
-        """End pins. True where there was a pinned chunk."""
+    def unpin(self, keys: Sequence[bytes], *, until: float = 0.0) -> list[bool]:
+        """End pins, or those that last longer at `until`. True where there was a pinned chunk."""
         now = self._clock()
         with self._lock:
             entries = [self._space.index.get(key) for key in keys]
-            return [entry is not None and self._space.index.unpin(entry, now) for entry in entries]
+            return [entry is not None and self._space.index.unpin(entry, now, until) for entry in entries]
+
+    def evict(self, keys: Sequence[bytes]) -> list[bool]:
+        """Let chunks leave now, the last key first; False where there is none, or it must stay. See `Tier.evict`."""
+        now = self._clock()
+        left = []
+        with self._lock:
+            for key in reversed(keys):
+                entry = self._space.index.get(key)
+                left.append(entry is not None and self._space.index.may_leave(entry, now))
+                if entry is not None and left[-1]:
+                    self._space.remove(entry)
+                    self._count_evicted([Entry(entry.key, entry.parent, entry.nbytes)])
+        return left[::-1]
+
+    def parents(self, keys: Sequence[bytes]) -> list[bytes]:
+        """The chunk before each in its chain, ROOT where there is none."""
+        with self._lock:
+            return self._space.index.parents(keys)
 
     def scan(self) -> Iterator[Entry]:
         """Every stored chunk, least recently used first, as of the call."""
@@ -187,7 +209,7 @@ class DramTier(Tier):
         if nbytes < 1:
             raise ValueError(f"nbytes is {nbytes}; a chunk has at least one byte")
         if self.hand_down is not None:
-            self._hand_down(self.hand_down, key, nbytes)
+            self._hand_down(self.hand_down, key, nbytes, parent)
         with self._lock:
             return self._reserve(key, nbytes, parent, owner)
 
@@ -233,7 +255,7 @@ class DramTier(Tier):
                 self._counters["read_bytes"] += count
         return count
 
-    def _hand_down(self, hand_down: HandDown, key: bytes, nbytes: int) -> None:
+    def _hand_down(self, hand_down: HandDown, key: bytes, nbytes: int, parent: bytes) -> None:
         """Evict one after the other, each handed down before its bytes are free, until there is room for a chunk.
 
         Who comes in between may take the room; what `_reserve` then evicts is not handed down.
@@ -244,7 +266,7 @@ class DramTier(Tier):
                 self._end_expired()
                 if self._closed or space.index.get(key) is not None or space.is_filling(key):
                     return
-                entry = space.start_leaving(nbytes, self._clock())
+                entry = space.start_leaving(nbytes, parent, self._clock())
                 if entry is None:
                     return
                 self._count_evicted([Entry(entry.key, entry.parent, entry.nbytes)])
@@ -270,6 +292,7 @@ class DramTier(Tier):
     def _delete(self, key: bytes) -> bool:
         entry = self._space.index.get(key)
         if entry is None:
+            self._space.doom(key)
             return False
         self._space.remove(entry)
         self.listener.removed([Entry(key, entry.parent, entry.nbytes)], Removal.DELETED)
@@ -347,6 +370,8 @@ class DramTier(Tier):
             self._counters["written_bytes"] += nbytes
             lease = self._begin_lease(slot.entry, slot.owner, None)
             self.listener.stored(Entry(slot.entry.key, slot.entry.parent, nbytes), lease.view)
+            if self._space.is_doomed(slot.entry):
+                self._delete(slot.entry.key)
             return lease
 
 

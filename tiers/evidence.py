@@ -14,11 +14,12 @@ from kvstore.errors import ContainerError
 
 
 class Kind(enum.IntEnum):
-    """How bytes are compared. Values are stored."""
+    """How bytes are compared, or that no chunk is meant at all. Values are stored."""
 
     NONE = 0
     BYTES = 1
     CONTAINER = 2
+    BAD_PLACE = 3
 
 
 class Evidence(NamedTuple):

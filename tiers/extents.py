@@ -31,6 +31,11 @@ class ExtentAllocator:
         return self.capacity_bytes - self.free_bytes
 
     @property
+    def regions(self) -> list[tuple[int, int]]:
+        """(start, end) of the spaces that extents lie in: one."""
+        return [(0, self.capacity_bytes)]
+
+    @property
     def largest_free_bytes(self) -> int:
         """The longest extent that can be had now."""
         return self._by_length[-1][0] if self._by_length else 0
@@ -43,12 +48,24 @@ class ExtentAllocator:
         """(start, length) of every free run, by start."""
         return sorted(self._by_start.items())
 
-    def allocate(self, nbytes: int) -> int | None:
-        """Offset of a new extent for `nbytes`, None if no free run is long enough."""
+    def allocate(self, nbytes: int, *, behind: int | None = None, run_bytes: int = 0) -> int | None:
+        """Offset of a new extent for `nbytes`, None if no free run is long enough.
+
+        Args:
+            nbytes: how long.
+            behind: where it should start if it can, the end of another extent.
+            run_bytes: else it starts the shortest run of this length, if there is one, so that others fit behind it.
+        """
         length = self.padded(nbytes)
-        at = bisect_left(self._by_length, (length, 0))
-        if at == len(self._by_length):
-            return None
+        free_length = self._by_start.get(-1 if behind is None else behind, 0)
+        if behind is not None and free_length >= length:
+            at = bisect_left(self._by_length, (free_length, behind))
+        else:
+            at = bisect_left(self._by_length, (max(length, run_bytes), 0))
+            if at == len(self._by_length):
+                at = bisect_left(self._by_length, (length, 0))
+            if at == len(self._by_length):
+                return None
         free_length, start = self._by_length.pop(at)
         self._forget(start, free_length)
         if free_length > length:

@@ -15,6 +15,7 @@ import msgspec
 
 from kvstore import container
 from kvstore.errors import ContainerError, TierError, VolumeFormatError
+from kvstore.tiers.bad_places import bad_place, is_media_error
 from kvstore.tiers.catalog import CATALOG_FILE, Catalog, Position, new_epoch, recover
 from kvstore.tiers.index import ChunkEntry
 from kvstore.tiers.recovery import overlay, read_chunk, replay_journal
@@ -34,8 +35,9 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """What a check found. `used_bytes + free_bytes + leaked_bytes` is `capacity_bytes` less superblock and
-    journal.
+    """What a check found.
+
+    `used_bytes + free_bytes + leaked_bytes + quarantined_bytes` is `capacity_bytes` less superblock and journal.
     """
 
     path: str
@@ -44,6 +46,7 @@ class Report(msgspec.Struct, kw_only=True):
     used_bytes: int = 0
     free_bytes: int = 0
     leaked_bytes: int = 0
+    quarantined_bytes: int = 0
     entries: int = 0
     verified_bytes: int = 0
     journal_pages: int = 0
@@ -67,7 +70,7 @@ class Report(msgspec.Struct, kw_only=True):
         """The report for a person."""
         lines = [
             f"{self.path}: {self.entries} chunks, {self.used_bytes} bytes used, {self.free_bytes} free, "
-            f"{self.leaked_bytes} leaked, {self.verified_bytes} verified"
+            f"{self.leaked_bytes} leaked, {self.quarantined_bytes} on bad places, {self.verified_bytes} verified"
         ]
         lines += [
             f"{problem.part} {problem.key[:12]}: {problem.detail}{' (repaired)' if problem.repaired else ''}"
@@ -150,39 +153,46 @@ def _check_records(
     report.journal_pages = replayed.pages
     if replayed.damage:
         report.add(Problem("journal", replayed.damage, repaired=repair))
-    found = recover(overlay(catalog.rows(), replayed.rows), superblock.data_bytes)
-    drop = [record.key for record in found.bad]
+    found = recover(overlay(catalog.rows(), replayed.rows), superblock.data_bytes, base=superblock.base)
+    changes: dict[bytes, bytes | None] = {record.key: None for record in found.bad}
     for record in found.bad:
         report.add(Problem("record", record.problem, record.key.hex(), repaired=repair))
     entries = {entry.key: entry for entry in found.index}
     if deep or (repair and replayed.damage):
-        for entry, problem in _bad_chunks(report, directory / VOLUME_NAME, superblock, entries.values()):
-            report.add(Problem("chunk", problem, entry.key.hex(), repaired=repair))
-            drop.append(entry.key)
-            if repair:
-                del entries[entry.key]
-                found.extents.free(entry.offset, entry.nbytes)
-    if repair and (drop or replayed.damage):
-        catalog.apply([*replayed.rows.items(), *((key, None) for key in drop)], Position(new_epoch()))
+        for entry, error in _bad_chunks(report, directory / VOLUME_NAME, superblock, entries.values()):
+            report.add(Problem("chunk", str(error), entry.key.hex(), repaired=repair))
+            changes[entry.key] = None
+            if not repair:
+                continue
+            del entries[entry.key]
+            if isinstance(error, OSError) and is_media_error(error):
+                place = bad_place(entry.offset, entry.nbytes)
+                changes[place.key] = place.record
+                report.quarantined_bytes += found.extents.padded(entry.nbytes)
+            else:
+                found.extents.free(entry.offset - superblock.base, entry.nbytes)
+    if repair and (changes or replayed.damage):
+        catalog.apply({**replayed.rows, **changes}.items(), Position(new_epoch()))
+    report.quarantined_bytes += sum(end - start for start, end in found.bad_places)
     report.entries = len(entries)
     report.used_bytes = sum(found.extents.padded(entry.nbytes) for entry in entries.values())
     report.free_bytes = sum(length for _, length in found.extents.free_runs())
-    report.leaked_bytes = superblock.data_bytes - report.used_bytes - report.free_bytes
+    report.leaked_bytes = superblock.data_bytes - report.used_bytes - report.free_bytes - report.quarantined_bytes
     if report.leaked_bytes:
         report.add(Problem("space", f"{report.leaked_bytes} bytes are neither free nor in a chunk"))
 
 
 def _bad_chunks(
     report: Report, volume_path: Path, superblock: Superblock, entries: Iterable[ChunkEntry]
-) -> list[tuple[ChunkEntry, str]]:
+) -> list[tuple[ChunkEntry, ContainerError | OSError]]:
     """The chunks whose containers do not verify, and why. Reads in the order in which they lie on the disk."""
-    bad = []
+    bad: list[tuple[ChunkEntry, ContainerError | OSError]] = []
     with volume_path.open("rb", buffering=0) as volume:
         for entry in sorted(entries, key=lambda entry: entry.offset):
             try:
                 container.verify(read_chunk(volume, superblock, entry.offset, entry.nbytes), key=entry.key)
             except (ContainerError, OSError) as error:
-                bad.append((entry, str(error)))
+                bad.append((entry, error))
             else:
                 report.verified_bytes += entry.nbytes
     return bad

@@ -13,8 +13,9 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from kvstore.tiers.catalog import Operation, Position, Row
+from kvstore.tiers.catalog import Position
 from kvstore.tiers.journal import OPERATIONS_PER_PAGE, Journal
+from kvstore.tiers.records import Operation, Row
 
 _log = logging.getLogger(__name__)
 
@@ -37,10 +38,16 @@ class Ticket:
 
     def __init__(self, *, rows: Sequence[Row] | None = None, settled: Settled | None = None) -> None:
         self.operations: list[Operation] = []
+        self.offsets: list[int] = []
         self.rows = rows
         self.error: Exception | None = None
         self.done = threading.Event()
         self._settled = settled
+
+    def add(self, operation: Operation, offset: int) -> None:
+        """Add an operation about the chunk, or the place, at `offset`."""
+        self.operations.append(operation)
+        self.offsets.append(offset)
 
     def settle(self, error: Exception | None) -> None:
         """Record the outcome and tell whom it concerns."""

@@ -169,12 +169,30 @@ class HbmTier(Tier):
                     self._space.index.pin(entry, expires_at)
         return [entry is not None for entry in entries]
 
-    def unpin(self, keys: Sequence[bytes]) -> list[bool]:
-        """End pins. True where there was a pinned chunk."""
+    def unpin(self, keys: Sequence[bytes], *, until: float = 0.0) -> list[bool]:
+        """End pins, or those that last longer at `until`. True where there was a pinned chunk."""
         now = self._clock()
         with self._lock:
             entries = [self._space.get(key) for key in keys]
-            return [entry is not None and self._space.index.unpin(entry, now) for entry in entries]
+            return [entry is not None and self._space.index.unpin(entry, now, until) for entry in entries]
+
+    def evict(self, keys: Sequence[bytes]) -> list[bool]:
+        """Let chunks leave now, the last key first; False where there is none, or it must stay. See `Tier.evict`."""
+        now = self._clock()
+        left = []
+        with self._lock:
+            for key in reversed(keys):
+                entry = self._space.get(key)
+                left.append(entry is not None and self._space.index.may_leave(entry, now))
+                if entry is not None and left[-1]:
+                    self._space.remove(entry)
+                    self._count_evicted([_entry(entry)])
+        return left[::-1]
+
+    def parents(self, keys: Sequence[bytes]) -> list[bytes]:
+        """The chunk before each in its chain, ROOT where there is none."""
+        with self._lock:
+            return self._space.index.parents(keys)
 
     def scan(self) -> Iterator[Entry]:
         """Every stored chunk, least recently used first, as of the call."""
@@ -249,10 +267,13 @@ class HbmTier(Tier):
             detail = f"chunk of {nbytes} bytes, hbm tier of {self.capacity_bytes}"
             return PutStatus(stored=False, reason=room, detail=detail)
         if room.leaving:
-            self._counters["evictions"] += len(room.leaving)
-            self._counters["evicted_bytes"] += sum(entry.nbytes for entry in room.leaving)
-            self.listener.removed([_entry(entry) for entry in room.leaving], Removal.EVICTED)
+            self._count_evicted([_entry(entry) for entry in room.leaving])
         return room
+
+    def _count_evicted(self, evicted: list[Entry]) -> None:
+        self._counters["evictions"] += len(evicted)
+        self._counters["evicted_bytes"] += sum(entry.nbytes for entry in evicted)
+        self.listener.removed(evicted, Removal.EVICTED)
 
     def _hand_down(self, space: BlockSpace, room: Room) -> None:
         """Offer what was evicted to whoever is below, then let go of the blocks that the new chunk does not take."""

@@ -7,9 +7,11 @@ children.
 
 from __future__ import annotations
 
+import heapq
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -30,10 +32,31 @@ class ChunkEntry(msgspec.Struct, gc=False):
     pinned_until: float = 0.0
 
 
+class Order(Protocol):
+    """Says who leaves an index, in the index's stead."""
+
+    def added(self, entry: ChunkEntry) -> None:
+        """A chunk has been added."""
+
+    def removed(self, entry: ChunkEntry) -> None:
+        """A chunk has been removed."""
+
+    def used(self, keys: Sequence[bytes]) -> None:
+        """Chunks were used, those not there excepted."""
+
+    def victims(self, now: float, keep: bytes = ROOT) -> Iterator[ChunkEntry]:
+        """See `Index.oldest`."""
+
+
 class Index(ABC):
-    """Chunks by key, and what to evict. How the chunks are kept is for the subclasses."""
+    """Chunks by key, and what to evict. How the chunks are kept is for the subclasses.
+
+    Attributes:
+        order: says who leaves; None: the least recently used does.
+    """
 
     def __init__(self) -> None:
+        self.order: Order | None = None
         self._access = 0
         self._pinned: dict[bytes, ChunkEntry] = {}
         self._reading: dict[bytes, ChunkEntry] = {}
@@ -54,7 +77,7 @@ class Index(ABC):
         """Bytes of each chunk, None where there is none."""
 
     @abstractmethod
-    def touch(self, keys: Sequence[bytes]) -> None:
+    def _touch(self, keys: Sequence[bytes]) -> None:
         """Make each chunk that is there the most recently used, in the given order."""
 
     @abstractmethod
@@ -66,6 +89,10 @@ class Index(ABC):
         """Offset and bytes of every chunk, least recently used first."""
 
     @abstractmethod
+    def by_offset(self, offset: int, limit: int) -> list[ChunkEntry]:
+        """The first `limit` chunks that begin at `offset` or behind, by offset; looks at every chunk."""
+
+    @abstractmethod
     def _add(self, entry: ChunkEntry) -> bool:
         """Add a chunk as the most recently used; False if it is there."""
 
@@ -74,7 +101,7 @@ class Index(ABC):
         """Forget a chunk that is there."""
 
     @abstractmethod
-    def _children(self, key: bytes) -> int:
+    def children(self, key: bytes) -> int:
         """How many chunks that are there name this one, which is there, as their parent."""
 
     @abstractmethod
@@ -90,16 +117,26 @@ class Index(ABC):
         """Add a chunk as the most recently used. Its key must not be there."""
         added = self._add(entry)
         assert added, "a chunk is added once"
+        if self.order is not None:
+            self.order.added(entry)
 
     def remove(self, entry: ChunkEntry) -> None:
         """Forget a chunk; its readers, if any, go on holding the entry."""
         self._remove(entry)
         self._pinned.pop(entry.key, None)
         self._reading.pop(entry.key, None)
+        if self.order is not None:
+            self.order.removed(entry)
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Make each chunk that is there the most recently used, in the given order."""
+        self._touch(keys)
+        if self.order is not None:
+            self.order.used(keys)
 
     def use(self, entry: ChunkEntry) -> None:
-        """Make a chunk the most recently used."""
-        self.touch([entry.key])
+        """Make a chunk the most recently used; `order` does not hear of it."""
+        self._touch([entry.key])
         entry.access = self._access
 
     def start_reading(self, entry: ChunkEntry) -> None:
@@ -118,11 +155,22 @@ class Index(ABC):
         entry.pinned_until = max(entry.pinned_until, expires_at)
         self._pinned[entry.key] = entry
 
-    def unpin(self, entry: ChunkEntry, now: float) -> bool:
-        """End a pin; True if there was one that had not expired."""
+    def unpin(self, entry: ChunkEntry, now: float, until: float = 0.0) -> bool:
+        """End a pin, or let it end at `until` if that is sooner; True if there was one that had not expired."""
         pinned = self._pinned.pop(entry.key, None) is not None and entry.pinned_until > now
+        rest = min(until, entry.pinned_until)
         entry.pinned_until = 0.0
+        if pinned and rest > now:
+            self.pin(entry, rest)
         return pinned
+
+    def may_leave(self, entry: ChunkEntry, now: float) -> bool:
+        """True for a chunk that neither a pin, nor a reader, nor a child keeps."""
+        return not entry.readers and entry.pinned_until <= now and not self.children(entry.key)
+
+    def parents(self, keys: Sequence[bytes]) -> list[bytes]:
+        """The parent of each chunk, ROOT where there is no such chunk."""
+        return [ROOT if entry is None else entry.parent for entry in map(self.get, keys)]
 
     def protected(self, now: float) -> list[ChunkEntry]:
         """Every chunk that is pinned or being read now."""
@@ -140,8 +188,16 @@ class Index(ABC):
                 parent = self.get(parent.parent)
         return list(kept.values())
 
-    def oldest(self, now: float) -> Iterator[ChunkEntry]:
-        """Chunks in the order in which to evict them: always the least recently used that has no child left.
+    def oldest(self, now: float, keep: bytes = ROOT) -> Iterator[ChunkEntry]:
+        """Chunks in the order in which to evict them: by `order`, else by use. No chunk before its children.
+
+        Who takes another has decided that the one before it leaves; remove none before the iteration has ended. `keep`
+        is a chunk that is needed for what comes in; `order` names it last.
+        """
+        return self.least_recent(now) if self.order is None else self.order.victims(now, keep)
+
+    def least_recent(self, now: float) -> Iterator[ChunkEntry]:
+        """Chunks in the order of use: always the least recently used that has no child left.
 
         Remove none of them before the iteration has ended.
         """
@@ -158,7 +214,7 @@ class Index(ABC):
             while leaving is not None:
                 yield leaving
                 parent = leaving.parent
-                left[parent] = left.get(parent, self._children(parent)) - 1
+                left[parent] = left.get(parent, self.children(parent)) - 1
                 leaving = None if left[parent] else waiting.pop(parent, None)
         yield from waiting.values()  # only what is its own ancestor, which keys of a chain cannot be
 
@@ -189,7 +245,7 @@ class ChunkIndex(Index):
     def sizes(self, keys: Sequence[bytes]) -> list[int | None]:
         return [None if entry is None else entry.nbytes for entry in map(self._entries.get, keys)]
 
-    def touch(self, keys: Sequence[bytes]) -> None:
+    def _touch(self, keys: Sequence[bytes]) -> None:
         for key in keys:
             if (entry := self._entries.get(key)) is not None:
                 entry.access = self.next_access()
@@ -203,6 +259,10 @@ class ChunkIndex(Index):
     def extents(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
         offsets = np.array([entry.offset for entry in self], dtype=np.uint64)
         return offsets, np.array([entry.nbytes for entry in self], dtype=np.uint64)
+
+    def by_offset(self, offset: int, limit: int) -> list[ChunkEntry]:
+        behind = (entry for entry in self if entry.offset >= offset)
+        return heapq.nsmallest(limit, behind, key=lambda entry: entry.offset)
 
     def _add(self, entry: ChunkEntry) -> bool:
         if entry.key in self._entries:
@@ -218,7 +278,7 @@ class ChunkIndex(Index):
         if not self._child_counts[entry.parent]:
             del self._child_counts[entry.parent]
 
-    def _children(self, key: bytes) -> int:
+    def children(self, key: bytes) -> int:
         return self._child_counts[key]
 
     def _by_use(self) -> Iterator[tuple[ChunkEntry, int]]:

@@ -6,7 +6,8 @@ catalog is brought up to date later (`kvstore.tiers.groupcommit`), and only then
 Page, little-endian, IO_ALIGN bytes, zeros behind what is used: XXH3-64 of all that follows u64, magic "KVJOURN1",
 volume uuid 16 bytes, epoch u64, sequence u64, confirmed u64, operations u32, reserved u32 (zero), 8 reserved bytes,
 then operations: chunk key 32, record 64 (`kvstore.tiers.catalog`; zeros: the chunk is deleted), evidence of the chunk's
-bytes: digest u64, kind u16 (`kvstore.tiers.evidence`).
+bytes: digest u64, kind u16 (`kvstore.tiers.evidence`). An operation of kind BAD_PLACE is about no chunk, and the first
+bytes of its key name a place that is not used any more (`kvstore.tiers.bad_places`).
 
 What keeps pages apart after a crash, when any sector of what had not been flushed may be on the device and any other
 may not:
@@ -33,9 +34,11 @@ import msgspec
 from kvstore import kernels
 from kvstore.keys import KEY_BYTES
 from kvstore.tier import IO_ALIGN
-from kvstore.tiers.catalog import RECORD_BYTES, Operation, Position
+from kvstore.tiers import bad_places
+from kvstore.tiers.catalog import Position
 from kvstore.tiers.directio import ParallelFile, Span, aligned_buffer
-from kvstore.tiers.evidence import Evidence
+from kvstore.tiers.evidence import Evidence, Kind
+from kvstore.tiers.records import RECORD_BYTES, Operation
 
 MAGIC = b"KVJOURN1"
 _HASH = struct.Struct("<Q")
@@ -76,7 +79,11 @@ class Page(msgspec.Struct, frozen=True):
             return None
         rows = (_OPERATION.unpack_from(page, _HEADER.size + at * _OPERATION.size) for at in range(count))
         operations = [
-            Operation(key, None if record == _DELETED else record, Evidence(kind, digest))
+            Operation(
+                key[: bad_places.KEY_BYTES] if kind == Kind.BAD_PLACE else key,
+                None if record == _DELETED else record,
+                Evidence(kind, digest),
+            )
             for key, record, digest, kind in rows
         ]
         return cls(epoch, sequence, confirmed, operations)
@@ -181,7 +188,7 @@ def replay(ring: bytes, uuid: bytes, position: Position, is_there: Callable[[byt
         for key, record, evidence in pages[sequence].operations:
             rows[key] = record
             unsure.pop(key, None)
-            if record is not None and sequence >= confirmed:
+            if record is not None and evidence.kind != Kind.BAD_PLACE and sequence >= confirmed:
                 unsure[key] = evidence
     dropped = [key for key, evidence in unsure.items() if not is_there(key, rows[key] or _DELETED, evidence)]
     rows |= dict.fromkeys(dropped)

@@ -24,17 +24,18 @@ Queueing happens under the tier's lock, at the moment the index changes, so reco
 which the index changed. At start the allocator is derived from catalog and journal alone: what no record names is
 free, so nothing leaks. Bytes of a put that did not reach step 4 are never named by anything.
 
-An extent whose device fails (EIO) is quarantined: its chunk is dropped and the extent is not used again while the
-tier is open. A commit that fails makes the tier read-only until it is reopened, since nobody can know what has become
-durable.
+An extent that its device cannot read or write (EIO) is quarantined for ever: its chunk is dropped, and a row of the
+catalog keeps every later opening from using the place (`kvstore.tiers.bad_places`). A commit that fails makes the tier
+read-only until it is reopened, since nobody can know what has become durable.
+
+Chunks that are fetched together lie together: the chunks of a chain that are put in one call get one run of the file
+where there is one, and a chunk lies behind its parent where that place is free; neighbours move in one transfer.
 
 The lock guards memory only; it is never held across I/O.
 """
 
 from __future__ import annotations
 
-import errno
-import logging
 import os
 import threading
 import time
@@ -46,15 +47,18 @@ from typing import Any
 import msgspec
 
 from kvstore.errors import TierError
-from kvstore.keys import KEY_BYTES
+from kvstore.keys import KEY_BYTES, ROOT
 from kvstore.outcome import Miss, PutStatus, Reason
-from kvstore.tier import IO_ALIGN, Entry, PutItem, ReadItem, Removal, Tier, TierListener, Usage
-from kvstore.tiers.directio import PIECE_BYTES_DEFAULT, THREADS_DEFAULT, Io, Span
+from kvstore.tier import Entry, PutItem, ReadItem, Removal, Tier, TierListener, Usage
+from kvstore.tiers.backends import open_backend
+from kvstore.tiers.directio import PIECE_BYTES_DEFAULT, THREADS_DEFAULT, Io
+from kvstore.tiers.disk import VolumeOptions
+from kvstore.tiers.eviction_order import NATIVE, attach
 from kvstore.tiers.index import ChunkEntry
 from kvstore.tiers.nvme_put import PutPath
-from kvstore.tiers.open_volume import COMMIT_WAIT_SECONDS, OpenVolume, VolumeOptions
-
-_log = logging.getLogger(__name__)
+from kvstore.tiers.nvme_read import DeviceReadItem, ReadPath
+from kvstore.tiers.open_volume import COMMIT_WAIT_SECONDS, OpenVolume
+from kvstore.verifying import STEP_BYTES_DEFAULT, Verified
 
 CLOSE_WAIT_SECONDS = 120.0
 EVICT_AHEAD_CAPACITY_MIN = 1 << 30
@@ -66,31 +70,39 @@ class NvmeTier(Tier):
     """Chunks on a local disk, durable.
 
     Args:
-        path: directory of the volume; made if missing, owned by one tier at a time.
-        capacity_bytes: hard bound of the volume file, superblock and journal included; rounded down to IO_ALIGN. A
-            larger value than last time grows the volume. The catalog's file comes on top; `info()` says how large it
-            is and may become.
+        path: directory of the volume; made if missing, owned by one tier at a time. Or the directories of several
+            volumes, one a disk, among which chunks are striped; one may be added, and one that is left out takes its
+            chunks with it.
+        capacity_bytes: hard bound of the volume files together, superblocks and journals included; rounded down to
+            whole pages of each. A larger value than last time grows the volumes; a smaller one shrinks them, and the
+            chunks behind the new ends leave, with those after them in their chains. The catalogs' files come on top;
+            `info()` says how large they are and may become.
         io_threads: transfers in flight at once, in each direction.
         piece_bytes: size of one transfer.
         direct_io: False never bypasses the page cache.
         evict_ahead_bytes: room kept free by evicting together with a commit that happens anyway, so that the next put
             need not wait for a deletion to become durable. None: a 64th of a capacity of at least 1 GiB, else nothing.
+        policy: who is evicted first, one of `kvstore.tiers.policies.registry.EVICTIONS`.
+        admission: who may enter, one of `ADMISSIONS` there; empty for what the policy brings. Chunks that are
+            `required` always may.
         clock: seconds that pins expire by.
-        io: the system calls.
+        io_backend: how bytes move, one of `kvstore.tiers.backends.BACKENDS`.
+        io: the system calls, in place of a back end's.
 
     After a fork the child's copy is closed; the parent's is not touched.
 
     Raises:
+        ConfigError: there is no such policy, admission or back end.
         VolumeBusyError: another tier has the volume.
         VolumeFormatError: what lies at `path` is not a volume, is damaged, or of another version.
-        TierError: no space, no permission, or `capacity_bytes` below what the volume already has.
+        TierError: no space, no permission, or `capacity_bytes` too small.
     """
 
     durable = True
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         capacity_bytes: int,
         *,
         name: str = "nvme",
@@ -98,24 +110,34 @@ class NvmeTier(Tier):
         piece_bytes: int = PIECE_BYTES_DEFAULT,
         direct_io: bool = True,
         evict_ahead_bytes: int | None = None,
+        policy: str = NATIVE,
+        admission: str = "",
         clock: Callable[[], float] = time.monotonic,
+        io_backend: str = "posix",
         io: Io | None = None,
     ) -> None:
         options = VolumeOptions(
-            capacity_bytes=capacity_bytes - capacity_bytes % IO_ALIGN,
+            capacity_bytes=capacity_bytes,
             io_threads=io_threads,
             piece_bytes=piece_bytes,
             direct_io=direct_io,
         )
         self.name = name
-        self.capacity_bytes = options.capacity_bytes
         self._clock = clock
-        self._volume = OpenVolume(Path(path), options, io)
-        self.chunk_bytes_max = self._volume.data_bytes
+        io = io or open_backend(io_backend, threads=io_threads, piece_bytes=piece_bytes)
+        self._volume = OpenVolume(_directories(path), options, io)
+        self.capacity_bytes = self._volume.capacity_bytes
+        self.chunk_bytes_max = self._volume.chunk_bytes_max
         if evict_ahead_bytes is None:
             ahead = capacity_bytes >= EVICT_AHEAD_CAPACITY_MIN
             evict_ahead_bytes = capacity_bytes // EVICT_AHEAD_FRACTION if ahead else 0
-        self._puts = PutPath(self._volume, evict_ahead_bytes, clock)
+        self._reads = ReadPath(self._volume)
+        try:
+            order = attach(self._volume.space.index, policy, admission, self._volume.data_bytes, asks=True)
+        except BaseException:
+            self._volume.close()
+            raise
+        self._puts = PutPath(self._volume, evict_ahead_bytes, clock, order)
         self._idle = threading.Condition(self._volume.lock)
         self._calls = 0
         self._closed = False
@@ -154,49 +176,33 @@ class NvmeTier(Tier):
         if not self._enter():
             return [Miss(Reason.UNAVAILABLE, _CLOSED)] * len(items)
         try:
-            with self._volume.lock:
-                begun = [self._begin_read(item) for item in items]
-            reads = [read for read in begun if not isinstance(read, Miss)]
-            errors: list[OSError | None] = [OSError(errno.EINTR, "interrupted")] * len(reads)
-            try:
-                errors = self._volume.file.read([span for _, span in reads])
-            finally:
-                with self._volume.lock:
-                    ended = iter([self._end_read(*read, error) for read, error in zip(reads, errors, strict=True)])
-            return [read if isinstance(read, Miss) else next(ended) for read in begun]
+            return self._reads.read(items)
         finally:
             self._leave()
 
-    def _begin_read(self, item: ReadItem) -> tuple[ChunkEntry, Span] | Miss:
-        """Protect a chunk and say what to read, under the lock."""
-        index = self._volume.space.index
-        entry = index.get(item.key)
-        if entry is None:
-            return Miss(Reason.ABSENT)
-        if item.offset >= entry.nbytes:
-            return Miss(Reason.TRUNCATED, f"offset {item.offset} of a chunk of {entry.nbytes} bytes")
-        index.use(entry)
-        index.start_reading(entry)
-        nbytes = min(len(item.target), entry.nbytes - item.offset)
-        return entry, Span(item.target, self._volume.position(entry) + item.offset, nbytes)
+    def read_device(self, items: Sequence[DeviceReadItem]) -> list[int | Miss]:
+        """Fill memory on a device, where the back end can (`kvikio`); else a miss (`unavailable`).
 
-    def _end_read(self, entry: ChunkEntry, span: Span, error: OSError | None) -> int | Miss:
-        """End the protection of a chunk, under the lock; drop it and quarantine its extent if the device failed."""
-        volume = self._volume
-        if error is not None and error.errno != errno.EINTR:
-            volume.counts["io_errors"] += 1
-            if volume.space.index.get(entry.key) is entry:
-                _log.warning("%s: dropping chunk %s: %s", volume.path, entry.key.hex()[:12], error)
-                ticket = volume.ticket()
-                volume.space.remove(entry, ticket, quarantine=True)
-                volume.tell_removed([entry], Removal.QUARANTINED)
-                volume.quarantine(entry)
-                volume.committer.submit(ticket)
-        volume.space.stop_reading(entry)
-        if error is not None:
-            return Miss(Reason.IO_ERROR, f"read failed: {error}")
-        volume.counts["read_bytes"] += span.nbytes
-        return span.nbytes
+        The bytes have not been verified: whoever decodes them checks the hashes that the container carries.
+        """
+        if not self._volume.file.device_io or not self._enter():
+            detail = (
+                _CLOSED if self._closed else "the back end cannot reach a device's memory; set io_backend to kvikio"
+            )
+            return [Miss(Reason.UNAVAILABLE, detail)] * len(items)
+        try:
+            return self._reads.read_device(items)
+        finally:
+            self._leave()
+
+    def verify(self, start: int = 0, *, bytes_max: int = STEP_BYTES_DEFAULT, repair: bool = False) -> Verified:
+        """Compare the hashes of some chunks while the tier is in use; see `kvstore.verifying.SupportsVerify`."""
+        if not self._enter():
+            return Verified(0, 0, [], None)
+        try:
+            return self._reads.verify(start, bytes_max, repair=repair)
+        finally:
+            self._leave()
 
     def sizes(self, keys: Sequence[bytes]) -> list[int | None]:
         """Bytes of each chunk, None where there is none."""
@@ -227,8 +233,10 @@ class NvmeTier(Tier):
                 volume.counts["deletions"] += sum(found)
                 if ticket.operations:
                     volume.committer.submit(ticket)
-            if ticket.operations:
-                ticket.done.wait(COMMIT_WAIT_SECONDS)
+                waits = [ticket, *volume.space.unsettled()] if not all(found) else [ticket]
+            for one in waits:  # also for the deletion by somebody else of what is not there any more
+                if one.operations:
+                    one.done.wait(COMMIT_WAIT_SECONDS)
             return found
         finally:
             self._leave()
@@ -242,12 +250,17 @@ class NvmeTier(Tier):
                     self._volume.space.index.pin(entry, expires_at)
         return [entry is not None for entry in entries]
 
-    def unpin(self, keys: Sequence[bytes]) -> list[bool]:
-        """End pins. True where there was a pinned chunk."""
+    def unpin(self, keys: Sequence[bytes], *, until: float = 0.0) -> list[bool]:
+        """End pins, or those that last longer at `until`. True where there was a pinned chunk."""
         now = self._clock()
         with self._volume.lock:
             entries = [self._find(key) for key in keys]
-            return [entry is not None and self._volume.space.index.unpin(entry, now) for entry in entries]
+            return [entry is not None and self._volume.space.index.unpin(entry, now, until) for entry in entries]
+
+    def parents(self, keys: Sequence[bytes]) -> list[bytes]:
+        """The chunk before each in its chain, ROOT where there is none."""
+        with self._volume.lock:
+            return [ROOT] * len(keys) if self._closed else self._volume.space.index.parents(keys)
 
     def scan(self) -> Iterator[Entry]:
         """Every stored chunk, least recently used first, as of the call."""
@@ -271,14 +284,15 @@ class NvmeTier(Tier):
         """What the tier is and how it works here; JSON types only."""
         volume = self._volume
         return {
-            "path": str(volume.path),
-            "uuid": volume.uuid,
+            "paths": [str(disk.path) for disk in volume.disks],
+            "uuids": [disk.superblock.uuid.hex() for disk in volume.disks],
             "direct_io": volume.file.direct,
+            **volume.file.describe(),
             "read_only": volume.broken,
             "entries_max": volume.entries_max,
-            "journal_bytes": volume.journal_bytes,
-            "catalog_bytes": volume.catalog.file_bytes,
-            "catalog_bytes_max": volume.catalog.bytes_max,
+            "journal_bytes": sum(disk.journal_bytes for disk in volume.disks),
+            "catalog_bytes": sum(disk.catalog.file_bytes for disk in volume.disks),
+            "catalog_bytes_max": sum(disk.catalog.bytes_max for disk in volume.disks),
         }
 
     def flush(self) -> None:
@@ -339,6 +353,14 @@ def _forget_open_tiers() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_open_tiers)
+
+
+def _directories(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """The directories of the volumes. Raises ValueError if there is none, or one is named twice."""
+    paths = [Path(path)] if isinstance(path, str | os.PathLike) else [Path(one) for one in path]
+    if not paths or len({one.resolve() for one in paths}) < len(paths):
+        raise ValueError("path names no directory, or one of them twice; a volume has a directory of its own")
+    return paths
 
 
 def _check_put(item: PutItem) -> None:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import threading
 from collections.abc import Callable, Sequence
 
 import msgspec
 
+from kvstore.keys import ROOT
 from kvstore.outcome import PutStatus, Reason
-from kvstore.tier import Entry, PutItem
-from kvstore.tiers.catalog import Operation, pack_record
+from kvstore.tier import IO_ALIGN, Entry, PutItem
+from kvstore.tiers.bad_places import is_passing
 from kvstore.tiers.directio import Span
+from kvstore.tiers.eviction_order import PolicyOrder
 from kvstore.tiers.evidence import Evidence, evidence_of
 from kvstore.tiers.groupcommit import Ticket
 from kvstore.tiers.index import ChunkEntry
 from kvstore.tiers.open_volume import COMMIT_WAIT_SECONDS, OpenVolume
-from kvstore.tiers.volume_space import Reservation
+from kvstore.tiers.records import Operation, pack_record
+from kvstore.tiers.volume_space import Reservation, Wish
 
 
 class _Filling(msgspec.Struct, eq=False):
@@ -41,17 +43,25 @@ class PutPath:
         volume: where to.
         evict_ahead_bytes: room to keep free by evicting together with a commit that happens anyway.
         clock: seconds that pins expire by.
+        order: the policy that is asked who may enter; None: everybody may.
     """
 
-    def __init__(self, volume: OpenVolume, evict_ahead_bytes: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        volume: OpenVolume,
+        evict_ahead_bytes: int,
+        clock: Callable[[], float],
+        order: PolicyOrder | None = None,
+    ) -> None:
         self._volume = volume
         self._evict_ahead_bytes = evict_ahead_bytes
         self._clock = clock
+        self._order = order
         self._filling: dict[bytes, _Filling] = {}
 
     def put(self, items: Sequence[PutItem]) -> list[PutStatus]:
         """Store chunks; one status each. What does not fit at once is stored in waves, later ones evicting earlier."""
-        statuses: list[PutStatus | None] = [None] * len(items)
+        statuses = self._refusals(items)
         while None in statuses:
             own, others = self._reserve_wave(items, statuses)
             self._fill(list(own.values()))
@@ -60,6 +70,38 @@ class PutPath:
             for index, filling in others.items():
                 statuses[index] = _outcome_of_other(filling)
         return [status for status in statuses if status is not None]
+
+    def _refusals(self, items: Sequence[PutItem]) -> list[PutStatus | None]:
+        """The status of every item that may not enter, None for the others."""
+        statuses: list[PutStatus | None] = [None] * len(items)
+        if self._order is None:
+            return statuses
+        volume = self._volume
+        with volume.lock:
+            entering: set[bytes] = set()
+            entering_bytes = 0
+            for number, item in enumerate(items):
+                parent_there = item.parent in entering or self._is_here(item.parent)
+                if self._is_here(item.key) or item.key in entering:
+                    continue
+                if number == 0 or item.parent != items[number - 1].key:
+                    self._order.expect(_chain_from(items, number), item.parent)
+                nbytes = len(item.data)
+                full = volume.space.is_full(entering_bytes + nbytes, self._evict_ahead_bytes)
+                entry = ChunkEntry(item.key, 0, nbytes, parent=item.parent)
+                if self._order.admits(entry, full=full, parent_there=parent_there) or item.required:
+                    entering.add(item.key)
+                    entering_bytes += volume.space.padded(nbytes)
+                    continue
+                volume.counts["refused"] += 1
+                volume.counts["refused_bytes"] += nbytes
+                why = "not worth its place now" if parent_there else "the chunk before it is not there"
+                statuses[number] = _refused(Reason.NOT_ADMITTED, why)
+        return statuses
+
+    def _is_here(self, key: bytes) -> bool:
+        """True for a chunk that is there or being filled, and for ROOT; under the lock."""
+        return key == ROOT or key in self._filling or self._volume.space.index.get(key) is not None
 
     def _reserve_wave(
         self, items: Sequence[PutItem], statuses: list[PutStatus | None]
@@ -74,13 +116,14 @@ class PutPath:
         volume = self._volume
         with volume.lock:
             evictions = volume.ticket()
+            runs = self._runs(items)
             for index, item in enumerate(items):
                 if statuses[index] is not None:
                     continue
                 if (filling := self._filling.get(item.key)) is not None:
                     others[index] = filling
                     continue
-                outcome = self._reserve(item, evictions)
+                outcome = self._reserve(item, evictions, Wish(self._end_of_parent(item), runs[index]))
                 if isinstance(outcome, _Filling):
                     own[index] = outcome
                 elif outcome.reason is Reason.FULL and own:
@@ -91,7 +134,23 @@ class PutPath:
                 volume.committer.submit(evictions)
         return own, others
 
-    def _reserve(self, item: PutItem, evictions: Ticket) -> _Filling | PutStatus:
+    def _runs(self, items: Sequence[PutItem]) -> list[int]:
+        """Bytes that each chunk takes together with those of its chain that follow it in the batch, under the lock."""
+        space = self._volume.space
+        there = space.index.sizes([item.key for item in items])
+        runs = [space.padded(len(item.data)) for item in items]
+        for index in reversed(range(len(items) - 1)):
+            if items[index + 1].parent == items[index].key and there[index + 1] is None:
+                runs[index] += runs[index + 1]
+        return runs
+
+    def _end_of_parent(self, item: PutItem) -> int | None:
+        """Where the extent of the chunk before this one ends, if it is there or being filled, under the lock."""
+        filling = self._filling.get(item.parent)
+        before = self._volume.space.index.get(item.parent) if filling is None else filling.entry
+        return None if before is None else before.offset + self._volume.space.padded(before.nbytes)
+
+    def _reserve(self, item: PutItem, evictions: Ticket, wish: Wish) -> _Filling | PutStatus:
         """Find a place for one chunk, under the lock."""
         volume, index = self._volume, self._volume.space.index
         if (existing := index.get(item.key)) is not None:
@@ -101,7 +160,7 @@ class PutPath:
         if volume.broken:
             return _refused(Reason.IO_ERROR, volume.broken)
         entry = ChunkEntry(item.key, 0, nbytes, index.next_access(), item.parent)
-        reservation, victims = volume.space.reserve(entry, self._clock(), evictions)
+        reservation, victims = volume.space.reserve(entry, self._clock(), evictions, wish)
         volume.count_evictions(victims)
         if reservation is None:
             return _refused(Reason.FULL, f"no room for {nbytes} bytes beside what is pinned, read or written")
@@ -127,9 +186,8 @@ class PutPath:
                 if error is None:
                     written.append(filling)
                 else:
-                    # A full file system says nothing about the extent; anything else may.
-                    no_space = error.errno in (errno.ENOSPC, errno.EDQUOT)
-                    self._give_up(filling, f"write failed: {error}", quarantine=not no_space)
+                    # A full file system, for one, says nothing about the extent.
+                    self._give_up(filling, f"write failed: {error}", quarantine=not is_passing(error), error=error)
             if written:
                 self._queue_records(written)
 
@@ -142,13 +200,13 @@ class PutPath:
                 return False
         return True
 
-    def _give_up(self, filling: _Filling, detail: str, *, quarantine: bool) -> None:
+    def _give_up(self, filling: _Filling, detail: str, *, quarantine: bool, error: OSError | None = None) -> None:
         """Answer a put that failed before its record was queued, under the lock."""
         volume = self._volume
         volume.counts["io_errors"] += 1
         volume.space.abandon(filling.entry, quarantine=quarantine)
         if quarantine:
-            volume.quarantine(filling.entry)
+            volume.quarantine(filling.entry, error)
         self._finish(filling, _refused(Reason.IO_ERROR, detail))
 
     def _queue_records(self, fillings: list[_Filling]) -> None:
@@ -163,9 +221,12 @@ class PutPath:
 
         ticket = Ticket(settled=settled)
         volume.count_evictions(volume.space.evict_ahead(self._evict_ahead_bytes, self._clock(), ticket))
-        ticket.operations += [
-            Operation(filling.entry.key, pack_record(filling.entry), filling.evidence) for filling in fillings
-        ]
+        for filling in fillings:
+            entry = filling.entry
+            ticket.add(Operation(entry.key, pack_record(entry), filling.evidence), entry.offset)
+            # The bytes are the caller's again when the put returns, and that may be before a slow commit ends: what
+            # listeners are shown is kept.
+            filling.data = memoryview(bytes(filling.data[:IO_ALIGN]))
         volume.committer.submit(ticket)
 
     def _settle(self, filling: _Filling, error: Exception | None) -> None:
@@ -185,6 +246,14 @@ class PutPath:
         del self._filling[filling.entry.key]
         filling.status = status
         filling.done.set()
+
+
+def _chain_from(items: Sequence[PutItem], first: int) -> list[bytes]:
+    """Keys of an item and of those behind it that go on its chain."""
+    end = first + 1
+    while end < len(items) and items[end].parent == items[end - 1].key:
+        end += 1
+    return [item.key for item in items[first:end]]
 
 
 def _take_evidence(fillings: list[_Filling]) -> None:

@@ -1,31 +1,33 @@
-"""Everything an nvme tier has open: lock, volume file, journal, catalog, threads; and the state they share."""
+"""Everything an nvme tier has open: its volumes, and the state that they share."""
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from kvstore.errors import TierError, VolumeFormatError
+from kvstore.errors import TierError
 from kvstore.tier import IO_ALIGN, NOBODY, Entry, Removal, TierListener
-from kvstore.tiers.catalog import Catalog, Position, Row, new_epoch, pack_record, recover
-from kvstore.tiers.directio import PIECE_BYTES_DEFAULT, THREADS_DEFAULT, Io, ParallelFile, PosixIo, probe_direct
+from kvstore.tiers.bad_places import bad_place, is_media_error
+from kvstore.tiers.catalog import recover_all
+from kvstore.tiers.directio import Io, ParallelFile
+from kvstore.tiers.disk import Disk, VolumeOptions
 from kvstore.tiers.groupcommit import GroupCommitter, Ticket
 from kvstore.tiers.index import ChunkEntry
-from kvstore.tiers.journal import Journal
-from kvstore.tiers.recovery import replay_journal
+from kvstore.tiers.records import Row, pack_record
+from kvstore.tiers.resize import leaving
+from kvstore.tiers.stripes import StripedCommitter, StripedExtents, StripedFile
 from kvstore.tiers.volume import (
+    BASE_BITS,
     CAPACITY_BYTES_MIN,
-    CATALOG_NAME,
     VOLUME_NAME,
+    VOLUMES_MAX,
     Superblock,
-    VolumeLock,
     entries_max,
-    prepare_directory,
-    prepare_volume,
+    read_superblock,
 )
 from kvstore.tiers.volume_space import VolumeSpace
 
@@ -37,100 +39,99 @@ ACCESSES_PER_CHECKPOINT = 4096
 """How many changed access numbers ride along with a checkpoint that happens anyway."""
 
 
-class VolumeOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How a volume is used; see `kvstore.tiers.nvme.NvmeTier`."""
-
-    capacity_bytes: int
-    io_threads: int = THREADS_DEFAULT
-    piece_bytes: int = PIECE_BYTES_DEFAULT
-    direct_io: bool = True
-
-
 class OpenVolume:
-    """An open volume with its recovered state.
+    """The open volumes of a tier, one a disk, with their recovered state.
 
     `lock` guards `space` and `counts`. What changes the index and what queues a ticket for it happen under one hold
-    of it, so that records are committed in the order in which the index changed.
+    of it, so that records are committed in the order in which the index changed. `file` and `committer` are those of
+    the only volume, or of all of them together (`kvstore.tiers.stripes`).
+
+    Args:
+        paths: the volumes' directories.
+        options: how they are used; each has an equal share of the capacity.
+        io: the system calls.
 
     Raises:
         VolumeBusyError, VolumeFormatError, TierError: see `NvmeTier`.
     """
 
-    def __init__(self, path: Path, options: VolumeOptions, io: Io | None) -> None:
-        if options.capacity_bytes < CAPACITY_BYTES_MIN:
-            raise TierError(f"capacity_bytes is {options.capacity_bytes}; a volume takes at least {CAPACITY_BYTES_MIN}")
-        self.path = path
-        self.capacity_bytes = options.capacity_bytes
+    def __init__(self, paths: Sequence[Path], options: VolumeOptions, io: Io) -> None:
+        share_bytes = options.capacity_bytes // len(paths) // IO_ALIGN * IO_ALIGN
+        if share_bytes < CAPACITY_BYTES_MIN:
+            raise TierError(
+                f"capacity_bytes is {options.capacity_bytes} for {len(paths)} volumes; each takes at least "
+                f"{CAPACITY_BYTES_MIN}"
+            )
+        self.path = paths[0]
+        self.capacity_bytes = share_bytes * len(paths)
         self.entries_max = entries_max(options.capacity_bytes)
         self.lock = threading.Lock()
         self.listener: TierListener = NOBODY
         self.counts = dict.fromkeys(
-            ("puts", "deletions", "evictions", "evicted_bytes", "read_bytes", "written_bytes", "io_errors"), 0
+            (
+                "puts",
+                "refused",
+                "refused_bytes",
+                "deletions",
+                "evictions",
+                "evicted_bytes",
+                "read_bytes",
+                "written_bytes",
+                "io_errors",
+            ),
+            0,
         )
-        prepare_directory(path)
-        self.volume_lock = VolumeLock(path)
+        self.disks: list[Disk] = []
         try:
-            self._open(options, io or PosixIo())
+            options = msgspec.structs.replace(options, capacity_bytes=share_bytes)
+            for path, number in zip(paths, volume_numbers(paths), strict=True):
+                self.disks.append(Disk(path, options, io, number, self.entries_max))
+            self._recover()
+            for disk in self.disks:
+                disk.start(self.ride_along)
         except BaseException:
-            self.volume_lock.release()
+            for disk in self.disks:
+                disk.close()
             raise
+        self._starts = {disk.superblock.volume: disk.superblock.data_start for disk in self.disks}
+        self._join()
 
-    def _open(self, options: VolumeOptions, io: Io) -> None:
-        superblock = prepare_volume(self.path, self.capacity_bytes, io)
-        self.uuid = superblock.uuid.hex()
-        self.data_start = superblock.data_start
-        self.data_bytes = superblock.data_bytes
-        self.catalog = Catalog(self.path / CATALOG_NAME, superblock.uuid, self.entries_max)
-        try:
-            epoch = self._recover(superblock)
-            self.file = self._open_file(options, io)
-        except BaseException:
-            self.catalog.close()
-            raise
-        self.journal_bytes = superblock.data_start - IO_ALIGN
-        journal = Journal(self.file, superblock.uuid, epoch, 1, superblock.journal_pages)
-        self.committer = GroupCommitter(journal, self.file.sync, self.catalog.apply, self.ride_along)
-
-    def _recover(self, superblock: Superblock) -> int:
-        """Read catalog and journal into `space` and begin a new epoch, whose number is the answer."""
-        volume_path = self.path / VOLUME_NAME
-        replayed = replay_journal(volume_path, superblock, self.catalog.position)
-        if replayed.damage:
-            raise VolumeFormatError(
-                f"{volume_path} is damaged: {replayed.damage}; `kvstore fsck --repair {self.path}` verifies every chunk"
-            )
-        epoch = new_epoch()
-        self.catalog.apply(replayed.rows.items(), Position(epoch))
-        found = recover(self.catalog.rows(), superblock.data_bytes, len(self.catalog))
-        if found.bad:
-            _log.warning("%s: dropping %d bad records, first: %s", self.path, len(found.bad), found.bad[0].problem)
-            self.catalog.apply([(record.key, None) for record in found.bad], Position(epoch))
+    def _recover(self) -> None:
+        """Read the catalogs into `space`, and cut the volumes that are to be smaller."""
+        found = recover_all([disk.source for disk in self.disks])
+        targets = {disk.superblock.volume: disk.target for disk in self.disks}
+        if any(disk.superblock != disk.target for disk in self.disks):
+            keys = leaving(found[0].index, lambda entry: _fits(entry, targets))
+            _log.warning("%s: %d chunks leave, it shrinks to %d bytes", self.path, len(keys), self.capacity_bytes)
+            for disk in self.disks:
+                disk.resize(keys)
+            found = recover_all([disk.source for disk in self.disks])
+        places = []
+        for disk, part in zip(self.disks, found, strict=True):
+            if part.bad:
+                _log.warning("%s: dropping %d bad records, first: %s", disk.path, len(part.bad), part.bad[0].problem)
+                disk.forget_records([record.key for record in part.bad])
+            base = disk.superblock.base
+            places += [(base + start, base + end) for start, end in part.bad_places]
         self.counts |= {
-            "records_dropped": len(found.bad),
-            "journal_pages_replayed": replayed.pages,
-            "quarantined_bytes": 0,
+            "records_dropped": sum(len(part.bad) for part in found),
+            "journal_pages_replayed": sum(disk.pages_replayed for disk in self.disks),
+            "quarantined_bytes": sum(end - start for start, end in places),
         }
-        self.space = VolumeSpace(found.extents, found.index, self.entries_max)
-        return epoch
+        by_number = {disk.superblock.volume: part.extents for disk, part in zip(self.disks, found, strict=True)}
+        self.is_one = list(by_number) == [0]
+        extents = by_number[0] if self.is_one else StripedExtents(by_number)
+        self.space = VolumeSpace(extents, found[0].index, self.entries_max, places)
+        rooms = [disk.superblock.data_bytes for disk in self.disks]
+        self.data_bytes, self.chunk_bytes_max = sum(rooms), min(rooms)
 
-    def _open_file(self, options: VolumeOptions, io: Io) -> ParallelFile:
-        path = str(self.path / VOLUME_NAME)
-        descriptor = probe_direct(io, path) if options.direct_io else None
-        direct = descriptor is not None
-        if descriptor is None:
-            if options.direct_io:
-                _log.warning("%s: the file system refuses O_DIRECT; using buffered I/O", self.path)
-            try:
-                descriptor = io.open(path, os.O_RDWR)
-            except OSError as error:
-                raise TierError(f"cannot open {path}: {error.strerror}") from error
-        try:
-            return ParallelFile(
-                io, descriptor, direct=direct, threads=options.io_threads, piece_bytes=options.piece_bytes
-            )
-        except ValueError:
-            io.close(descriptor)
-            raise
+    def _join(self) -> None:
+        """Make one file and one committer of what there is."""
+        self.file: ParallelFile | StripedFile = self.disks[0].file
+        self.committer: GroupCommitter | StripedCommitter = self.disks[0].committer
+        if not self.is_one:
+            self.file = StripedFile({disk.superblock.volume: disk.file for disk in self.disks})
+            self.committer = StripedCommitter({disk.superblock.volume: disk.committer for disk in self.disks})
 
     @property
     def broken(self) -> str:
@@ -139,8 +140,8 @@ class OpenVolume:
         return f"a commit failed earlier, reopen the tier: {failure}" if failure else ""
 
     def position(self, entry: ChunkEntry) -> int:
-        """Where a chunk begins in the volume file."""
-        return entry.offset + self.data_start
+        """Where a chunk begins in its volume's file; the volume's number is in the high bits."""
+        return entry.offset + self._starts[entry.offset >> BASE_BITS]
 
     def ticket(self) -> Ticket:
         """A ticket for deletions; extents are settled when it commits."""
@@ -152,9 +153,16 @@ class OpenVolume:
             with self.lock:
                 self.space.settle(ticket)
 
-    def quarantine(self, entry: ChunkEntry) -> None:
-        """Count an extent that is not used any more, under the lock."""
+    def quarantine(self, entry: ChunkEntry, error: OSError | None = None) -> None:
+        """Count an extent that is not used while the volume is open, under the lock; if the device failed, for ever.
+
+        The place is queued to be called bad before anything that is queued later, as the deletion of its chunk.
+        """
         self.counts["quarantined_bytes"] += self.space.padded(entry.nbytes)
+        if error is not None and is_media_error(error):
+            ticket = Ticket()
+            ticket.add(bad_place(entry.offset, entry.nbytes), entry.offset)
+            self.committer.submit(ticket)
 
     def count_evictions(self, victims: list[ChunkEntry]) -> None:
         """Count evicted chunks, under the lock."""
@@ -176,7 +184,12 @@ class OpenVolume:
         return [(entry.key, pack_record(entry)) for entry in self.space.index.take_used(limit)]
 
     def ride_along(self) -> list[Row]:
-        """Some access numbers for a checkpoint that happens anyway; called by the thread that commits deletions."""
+        """Some access numbers for a checkpoint that happens anyway; called by the thread that commits deletions.
+
+        With several volumes there are none: that thread commits the deletions of one of them only.
+        """
+        if not self.is_one:
+            return []
         with self.lock:
             return self.take_accesses(ACCESSES_PER_CHECKPOINT)
 
@@ -194,12 +207,43 @@ class OpenVolume:
             if not self.broken:
                 self.flush()
         finally:
-            self.committer.close()
-            self.file.close()
-            self.catalog.close()
-            self.volume_lock.release()
+            for disk in self.disks:
+                disk.close()
+            if isinstance(self.file, StripedFile):
+                self.file.close()
 
     def forget(self) -> None:
         """Drop what a forked child has inherited; all of it stays the parent's."""
         self.lock = threading.Lock()
-        self.volume_lock.forget()
+        for disk in self.disks:
+            disk.forget()
+
+
+def volume_numbers(paths: Sequence[Path]) -> list[int]:
+    """The number of the volume in each directory; those that are new get the smallest that are free.
+
+    Raises:
+        VolumeFormatError: what is there is no volume.
+        TierError: too many volumes, or two that have the same number.
+    """
+    if len(paths) > VOLUMES_MAX:
+        raise TierError(f"{len(paths)} volumes; a tier has at most {VOLUMES_MAX}")
+    found: dict[int, Path] = {}
+    numbers: dict[Path, int] = {}
+    for path in paths:
+        if (path / VOLUME_NAME).exists():
+            number = numbers[path] = read_superblock(path / VOLUME_NAME).volume
+            if number in found:
+                raise TierError(
+                    f"the volumes {found[number]} and {path} were not made for one tier (both have number {number}); "
+                    f"delete one of the directories to start it empty"
+                )
+            found[number] = path
+    free = (number for number in range(VOLUMES_MAX) if number not in found)
+    return [numbers[path] if path in numbers else next(free) for path in paths]
+
+
+def _fits(entry: ChunkEntry, superblocks: Mapping[int, Superblock]) -> bool:
+    """True if a chunk lies within its volume."""
+    superblock = superblocks[entry.offset >> BASE_BITS]
+    return entry.offset + entry.nbytes <= superblock.base + superblock.data_bytes

@@ -57,7 +57,7 @@ class PackedIndex(Index):
     def sizes(self, keys: Sequence[bytes]) -> list[int | None]:
         return self._table.sizes(keys)
 
-    def touch(self, keys: Sequence[bytes]) -> None:
+    def _touch(self, keys: Sequence[bytes]) -> None:
         self._access = self._table.touch(keys, self._access)
 
     def take_used(self, limit: int | None = None) -> list[ChunkEntry]:
@@ -67,6 +67,9 @@ class PackedIndex(Index):
         offsets, sizes = self._table.extents()
         return np.frombuffer(offsets, dtype=np.uint64), np.frombuffer(sizes, dtype=np.uint64)
 
+    def by_offset(self, offset: int, limit: int) -> list[ChunkEntry]:
+        return [self._held(row[0]) or _entry(row) for row in self._table.by_offset(offset, limit)]
+
     def _add(self, entry: ChunkEntry) -> bool:
         return self._table.add(entry.key, entry.parent, entry.offset, entry.nbytes, entry.access)
 
@@ -74,7 +77,7 @@ class PackedIndex(Index):
         removed = self._table.remove(entry.key)
         assert removed, "only what is there can be removed"
 
-    def _children(self, key: bytes) -> int:
+    def children(self, key: bytes) -> int:
         row = self._table.get(key)
         return 0 if row is None else row[-1]
 

@@ -9,6 +9,7 @@ victim while a child of it is in the tier, and none admits a chunk whose parent 
 How a tier uses it, under its own lock:
 
     policy.access(key)                              a chunk was used
+    policy.expect(keys, parent)                     what a prompt will offer, if that is known
     if not policy.admits(chunk, full=...): refuse   before anything is written
     policy.hold(chunk.parent)                       while room is made, its prefix must stay
     while not enough room and (key := policy.victim()) is not None:
@@ -25,6 +26,7 @@ A new policy is one file in tiers/policies/ plus one line in tiers/policies/regi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import msgspec
 
@@ -86,6 +88,9 @@ class EvictionPolicy(ABC):
 class AdmissionPolicy(ABC):
     """Decides who may enter."""
 
+    def expect(self, keys: Sequence[bytes], parent: bytes) -> None:  # noqa: B027 - most policies take no hint
+        """A hint: these chunks of one prompt will be offered next, in this order, the first behind `parent`."""
+
     @abstractmethod
     def admits(self, chunk: Chunk, *, full: bool) -> bool:
         """True if the chunk may enter. `full`: somebody would have to leave for it. Counts as a sighting of the chunk.
@@ -100,6 +105,7 @@ class CachePolicy:
     def __init__(self, eviction: EvictionPolicy, admission: AdmissionPolicy) -> None:
         self.eviction = eviction
         self.admission = admission
+        self.expect = admission.expect
         self.access = eviction.access
         self.insert = eviction.insert
         self.remove = eviction.remove

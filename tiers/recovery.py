@@ -8,9 +8,10 @@ from pathlib import Path
 
 from kvstore.errors import TierError
 from kvstore.tier import IO_ALIGN
-from kvstore.tiers.catalog import Position, place_of
+from kvstore.tiers.catalog import Position
 from kvstore.tiers.evidence import Evidence, agrees
 from kvstore.tiers.journal import Replay, replay
+from kvstore.tiers.records import place_of
 from kvstore.tiers.volume import Superblock
 
 
@@ -30,7 +31,7 @@ def replay_journal(path: Path, superblock: Superblock, position: Position) -> Re
 
         def is_there(key: bytes, record: bytes, evidence: Evidence) -> bool:
             """Compare the bytes of a chunk with their evidence; what cannot be read is not there."""
-            place = place_of(key, record, superblock.data_bytes)
+            place = place_of(key, record, superblock.base + superblock.data_bytes)
             try:
                 return place is not None and agrees(evidence, key, read_chunk(file, superblock, *place))
             except OSError:
@@ -45,7 +46,7 @@ def replay_journal(path: Path, superblock: Superblock, position: Position) -> Re
 
 def read_chunk(file: RawIOBase, superblock: Superblock, offset: int, nbytes: int) -> memoryview:
     """The bytes of the extent at `offset`, fewer than `nbytes` where the file ends. Raises OSError."""
-    return _read_at(file, superblock.data_start + offset, nbytes)
+    return _read_at(file, superblock.data_start + offset - superblock.base, nbytes)
 
 
 def _read_at(file: RawIOBase, position: int, nbytes: int) -> memoryview:

@@ -23,6 +23,15 @@ _OWN = {
     "nvme": "kvstore.tiers.nvme:NvmeTier",
 }
 
+_POLICIES = {"dram": "adaptive", "nvme": "adaptive"}
+"""Kind -> eviction policy where the configuration names none; docs/policies.md says why."""
+
+
+def policy_options(kind: str, policy: str, admission: str) -> dict[str, str]:
+    """The options that give a tier of that kind its policies; of those that are empty the kind's default, if any."""
+    options = {"policy": policy or _POLICIES.get(kind, ""), "admission": admission}
+    return {option: value for option, value in options.items() if value}
+
 
 def _kinds() -> dict[str, EntryPoint]:
     """Entry points by kind; a package cannot replace a kind of this one."""

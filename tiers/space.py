@@ -23,6 +23,7 @@ class ChunkSpace:
         self._extents = ExtentAllocator(capacity_bytes, IO_ALIGN)
         self._filling: dict[bytes, ChunkEntry] = {}
         self._orphans: dict[int, ChunkEntry] = {}
+        self._doomed: set[int] = set()
 
     def padded(self, nbytes: int) -> int:
         """Bytes that a chunk of `nbytes` takes."""
@@ -45,25 +46,36 @@ class ChunkSpace:
         if offset is None:
             if self._longest_run_bytes(now) < self.padded(nbytes):
                 return Reason.FULL, []
-            evicted = self._evict_until(self.padded(nbytes), now)
+            evicted = self._evict_until(self.padded(nbytes), now, parent)
             offset = self._extents.allocate(nbytes)
             assert offset is not None, "evicting everything unprotected makes the longest possible run"
         entry = ChunkEntry(key, offset, nbytes, parent=parent)
         self._filling[key] = entry
         return entry, evicted
 
-    def start_leaving(self, nbytes: int, now: float) -> ChunkEntry | None:
-        """The chunk that leaves next so that there is room for `nbytes`; None if there is, or cannot be.
+    def start_leaving(self, nbytes: int, parent: bytes, now: float) -> ChunkEntry | None:
+        """The chunk that leaves next so that there is room for a child of `parent`; None if there is, or cannot be.
 
         It is not found any more, and keeps its bytes until `stop_reading`.
         """
         run_bytes = self.padded(nbytes)
         if self._extents.largest_free_bytes >= run_bytes or self._longest_run_bytes(now) < run_bytes:
             return None
-        entry = next(iter(self.index.oldest(now)))
+        entry = next(self.index.oldest(now, parent))
         self.index.start_reading(entry)
         self.remove(entry)
         return entry
+
+    def doom(self, key: bytes) -> None:
+        """If a place is being filled for the key, whoever publishes it has to remove it at once: it was deleted."""
+        if (entry := self._filling.get(key)) is not None:
+            self._doomed.add(entry.offset)
+
+    def is_doomed(self, entry: ChunkEntry) -> bool:
+        """True, once, for a chunk that was deleted while its place was being filled."""
+        doomed = entry.offset in self._doomed
+        self._doomed.discard(entry.offset)
+        return doomed
 
     def publish(self, entry: ChunkEntry, nbytes: int) -> None:
         """Index a chunk that has been filled with `nbytes`, at most what was reserved; the rest becomes free."""
@@ -76,6 +88,7 @@ class ChunkSpace:
 
     def abandon(self, entry: ChunkEntry) -> None:
         """Free a place that was reserved and will not be filled."""
+        self._doomed.discard(entry.offset)
         del self._filling[entry.key]
         self._extents.free(entry.offset, entry.nbytes)
 
@@ -117,10 +130,10 @@ class ChunkSpace:
             end = offset + self.padded(nbytes)
         return max(longest, self._extents.capacity_bytes - end)
 
-    def _evict_until(self, run_bytes: int, now: float) -> list[Entry]:
-        """Evict the least recently used until a free run of that length exists."""
+    def _evict_until(self, run_bytes: int, now: float, parent: bytes) -> list[Entry]:
+        """Evict until a free run of that length exists for a child of `parent`."""
         victims = []
-        for entry in self.index.oldest(now):
+        for entry in self.index.oldest(now, parent):
             self._extents.free(entry.offset, entry.nbytes)
             victims.append(entry)
             if self._extents.largest_free_bytes >= run_bytes:

@@ -9,7 +9,8 @@ version u32, page size u32, uuid 16 bytes, volume number u16, 2 reserved zero by
 the file u64, XXH3-64 of all before it.
 
 A volume is created under another name and renamed when it is whole. It grows by being allocated first and described
-after, so that a crash between leaves a file longer than its superblock says, which the next start cuts.
+after, and shrinks by being described first and cut after, so that a crash between leaves a file longer than its
+superblock says, which the next start cuts.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ FORMAT_VERSION = 2
 VOLUME_NAME = "volume-000"
 CATALOG_NAME = "catalog"
 CAPACITY_BYTES_MIN = 16 * IO_ALIGN
+VOLUMES_MAX = 16
+BASE_BITS = 48
+"""Offsets of extents have the number of their volume above these bits, so that they are places of a whole tier."""
 ENTRY_BYTES_MIN = 16384
 JOURNAL_PAGES_MIN = 4
 JOURNAL_PAGES_MAX = 1024
@@ -49,6 +53,11 @@ class Superblock(msgspec.Struct, frozen=True):
     size_bytes: int
     journal_pages: int
     volume: int = 0
+
+    @property
+    def base(self) -> int:
+        """Where the volume's extents begin among those of its tier."""
+        return self.volume << BASE_BITS
 
     @property
     def data_start(self) -> int:
@@ -84,7 +93,7 @@ class Superblock(msgspec.Struct, frozen=True):
             raise VolumeFormatError(f"the superblock of {path} is damaged (checksum); {remedy}")
         sound = size_bytes >= CAPACITY_BYTES_MIN and size_bytes % IO_ALIGN == 0
         sound &= 0 < pages < size_bytes // IO_ALIGN - 1
-        if not sound or page_bytes != IO_ALIGN or volume or any(reserved):
+        if not sound or page_bytes != IO_ALIGN or volume >= VOLUMES_MAX or any(reserved):
             raise VolumeFormatError(f"the superblock of {path} contradicts itself; {remedy}")
         return cls(identity, size_bytes, pages, volume)
 
@@ -169,38 +178,36 @@ def read_superblock(path: Path) -> Superblock:
     return superblock
 
 
-def prepare_volume(directory: Path, capacity_bytes: int, io: Io) -> Superblock:
+def prepare_volume(directory: Path, capacity_bytes: int, io: Io, number: int = 0) -> Superblock:
     """Create the volume file, or grow the one that is there, to `capacity_bytes` (a multiple of IO_ALIGN).
 
+    A new one gets that `number` among those of its tier. One that is larger is answered as it is, since chunks may
+    have to leave first (`kvstore.tiers.resize`).
+
     Raises:
-        TierError: no space, or the volume is larger than `capacity_bytes`.
+        TierError: no space.
         VolumeFormatError: what is there is not a volume of this format.
     """
     path = directory / VOLUME_NAME
     if not path.exists():
         if (directory / CATALOG_NAME / "data.mdb").exists():
             raise VolumeFormatError(f"{directory} has a catalog but no {VOLUME_NAME}; restore it or delete both")
-        superblock = Superblock(uuid.uuid4().bytes, capacity_bytes, journal_pages(capacity_bytes))
+        superblock = Superblock(uuid.uuid4().bytes, capacity_bytes, journal_pages(capacity_bytes), number)
         partial = directory / f"{VOLUME_NAME}.partial"
-        _write_volume(io, partial, superblock, os.O_CREAT | os.O_TRUNC)
+        write_volume(io, partial, superblock, os.O_CREAT | os.O_TRUNC)
         partial.rename(path)
         _sync_directory(directory)
         return superblock
     superblock = read_superblock(path)
-    if superblock.size_bytes > capacity_bytes:
-        raise TierError(
-            f"the volume {path} has {superblock.size_bytes} bytes, capacity_bytes is {capacity_bytes}; volumes do not "
-            f"shrink: set capacity_bytes to at least {superblock.size_bytes}, or delete {directory} to start empty"
-        )
     if superblock.size_bytes < capacity_bytes:
         superblock = msgspec.structs.replace(superblock, size_bytes=capacity_bytes)
-        _write_volume(io, path, superblock, 0)
-    elif path.stat().st_size > capacity_bytes:
-        os.truncate(path, capacity_bytes)  # a growth that was cut off before its superblock was written
+        write_volume(io, path, superblock, 0)
+    elif path.stat().st_size > superblock.size_bytes:
+        os.truncate(path, superblock.size_bytes)  # a change of size was cut off between superblock and file
     return superblock
 
 
-def _write_volume(io: Io, path: Path, superblock: Superblock, flags: int) -> None:
+def write_volume(io: Io, path: Path, superblock: Superblock, flags: int) -> None:
     """Allocate the file's bytes, make them durable, then write the superblock and make it durable."""
     descriptor = -1
     try:
@@ -225,6 +232,18 @@ def _write_volume(io: Io, path: Path, superblock: Superblock, flags: int) -> Non
     finally:
         if descriptor >= 0:
             io.close(descriptor)
+
+
+def flush_volume(path: Path, io: Io) -> None:
+    """Make durable what any process has written to the volume file at `path`. Raises TierError."""
+    try:
+        descriptor = io.open(str(path), os.O_RDWR)
+        try:
+            io.sync(descriptor)
+        finally:
+            io.close(descriptor)
+    except OSError as error:
+        raise TierError(f"cannot flush {path}: {error.strerror}; replace the device") from error
 
 
 def _sync_directory(directory: Path) -> None:

@@ -8,13 +8,18 @@ reserved at once, but must not be written to before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
+from kvstore.keys import ROOT
 from kvstore.tier import Usage
-from kvstore.tiers.catalog import Operation
+from kvstore.tiers.bad_places import Place
 from kvstore.tiers.extents import ExtentAllocator
 from kvstore.tiers.groupcommit import Ticket
 from kvstore.tiers.index import ChunkEntry, Index
+from kvstore.tiers.records import Operation
+from kvstore.tiers.stripes import StripedExtents
 
 
 class Reservation(msgspec.Struct, frozen=True):
@@ -24,6 +29,16 @@ class Reservation(msgspec.Struct, frozen=True):
     waits: list[Ticket]
 
 
+class Wish(msgspec.Struct, frozen=True):
+    """Where a chunk should lie if it can: `behind` an extent, or at the start of a run of `run_bytes`."""
+
+    behind: int | None = None
+    run_bytes: int = 0
+
+
+ANYWHERE = Wish()
+
+
 class VolumeSpace:
     """Places for chunks.
 
@@ -31,14 +46,21 @@ class VolumeSpace:
         extents: the allocator, with the extents of the indexed chunks taken.
         index: the chunks that are there.
         entries_max: how many chunks there may be, those being filled included.
+        bad_places: (start, end) of what the device cannot read or write, taken in `extents`; never used.
     """
 
-    def __init__(self, extents: ExtentAllocator, index: Index, entries_max: int) -> None:
+    def __init__(
+        self,
+        extents: ExtentAllocator | StripedExtents,
+        index: Index,
+        entries_max: int,
+        bad_places: Sequence[Place] = (),
+    ) -> None:
         self.index = index
         self._extents = extents
         self._entries_max = entries_max
         self._filling = 0
-        self._held: dict[int, ChunkEntry] = {}
+        self._held = {start: ChunkEntry(ROOT, start, end - start) for start, end in bad_places}
         self._orphans: set[int] = set()
         self._unsettled: dict[Ticket, list[tuple[int, int]]] = {}
 
@@ -46,25 +68,31 @@ class VolumeSpace:
         """Bytes that a chunk of `nbytes` takes."""
         return self._extents.padded(nbytes)
 
-    def reserve(self, entry: ChunkEntry, now: float, evictions: Ticket) -> tuple[Reservation | None, list[ChunkEntry]]:
+    def reserve(
+        self, entry: ChunkEntry, now: float, evictions: Ticket, wish: Wish = ANYWHERE
+    ) -> tuple[Reservation | None, list[ChunkEntry]]:
         """Find a place for a chunk, set `entry.offset`, and answer it with the chunks evicted for it.
 
-        The least recently used leave until there is a run that long; the deletion of their records is added to
-        `evictions`. If that cannot succeed, because what is protected leaves no such run, nobody leaves and there is
-        no reservation.
+        The least recently used leave until there is a run that long and as much is free as the wish speaks of, at most
+        half of the space; the deletion of their records is added to `evictions`. If that cannot succeed, because what
+        is protected leaves no such run, nobody leaves and there is no reservation.
         """
         free_slots = self._entries_max - len(self.index) - self._filling
-        offset = self._extents.allocate(entry.nbytes) if free_slots > 0 else None
+        offset = self._allocate(entry, wish) if free_slots > 0 else None
         victims: list[ChunkEntry] = []
         if offset is None:
             if self._longest_run_bytes(now) < self.padded(entry.nbytes):
                 return None, []
-            for victim in self.index.oldest(now):
+            room_bytes = min(wish.run_bytes, self._extents.capacity_bytes // 2)
+            for victim in self.index.oldest(now, entry.parent):
                 victims.append(victim)
                 self._extents.free(victim.offset, victim.nbytes)
-                offset = self._extents.allocate(entry.nbytes) if free_slots + len(victims) > 0 else None
+                if self._extents.free_bytes >= room_bytes and free_slots + len(victims) > 0:
+                    offset = self._allocate(entry, wish)
                 if offset is not None:
                     break
+            if offset is None and free_slots + len(victims) > 0:
+                offset = self._allocate(entry, wish)
             self._forget(victims, evictions)
             if offset is None:  # every slot belongs to a chunk that is protected or being filled
                 return None, victims
@@ -72,6 +100,14 @@ class VolumeSpace:
         self._filling += 1
         self._held[offset] = entry
         return Reservation(entry, self._tickets_of(offset, self.padded(entry.nbytes))), victims
+
+    def _allocate(self, entry: ChunkEntry, wish: Wish) -> int | None:
+        return self._extents.allocate(entry.nbytes, behind=wish.behind, run_bytes=wish.run_bytes)
+
+    def is_full(self, nbytes: int, ahead_bytes: int) -> bool:
+        """True if somebody has to leave for chunks of `nbytes` in all, and `ahead_bytes` beside them."""
+        slots_taken = len(self.index) + self._filling >= self._entries_max
+        return slots_taken or self._extents.free_bytes < self.padded(nbytes) + ahead_bytes
 
     def evict_ahead(self, room_bytes: int, now: float, ticket: Ticket) -> list[ChunkEntry]:
         """Evict the least recently used until `room_bytes` are free, never beyond; answers who left."""
@@ -125,6 +161,10 @@ class VolumeSpace:
         """The deletions in `ticket` are durable: nothing names the extents of those chunks any more."""
         self._unsettled.pop(ticket, None)
 
+    def unsettled(self) -> list[Ticket]:
+        """The tickets whose deletions are not durable yet."""
+        return list(self._unsettled)
+
     def usage(self, now: float) -> Usage:
         """What the volume holds now; whatever cannot be evicted counts as pinned."""
         fixed = [*self.index.protected(now), *self._held.values()]
@@ -139,7 +179,7 @@ class VolumeSpace:
         """Take chunks out of the index and queue the deletion of their records; their extents become unsettled."""
         for entry in entries:
             self.index.remove(entry)
-            ticket.operations.append(Operation(entry.key, None))
+            ticket.add(Operation(entry.key, None), entry.offset)
             extent = (entry.offset, entry.offset + self.padded(entry.nbytes))
             self._unsettled.setdefault(ticket, []).append(extent)
 
@@ -154,9 +194,14 @@ class VolumeSpace:
 
     def _longest_run_bytes(self, now: float) -> int:
         """The longest run that evicting everything evictable would leave."""
-        end = longest = 0
         fixed = [*self.index.kept(now), *self._held.values()]
-        for offset, nbytes in sorted((entry.offset, entry.nbytes) for entry in fixed):
-            longest = max(longest, offset - end)
-            end = offset + self.padded(nbytes)
-        return max(longest, self._extents.capacity_bytes - end)
+        taken = sorted((entry.offset, entry.offset + self.padded(entry.nbytes)) for entry in fixed)
+        longest = 0
+        for region_start, region_end in self._extents.regions:
+            end = region_start
+            for start, stop in taken:
+                if region_start <= start < region_end:
+                    longest = max(longest, start - end)
+                    end = stop
+            longest = max(longest, region_end - end)
+        return longest

@@ -14,8 +14,7 @@ namespace {
 constexpr size_t kTogetherMin = 2, kTogetherMax = 8, kTogetherValues = size_t{1} << 18;
 
 static_assert(kTables - kFirstRows <= r32::kDigitTablesMax);
-constexpr unsigned kDigitBits = r32::kDigitShift + 6;
-static_assert(r32::kDigitBase == 1u << kDigitBits);
+using r32::kDigitBits;
 
 // For each byte of packed digits: the digits of kTrits values, and three bytes to fill a word.
 struct Trits {
@@ -94,8 +93,7 @@ GroupReader::GroupReader(const Blocks& group, const Source& source) : group_(gro
     const size_t block_values = widest * std::max<size_t>(1, group.tokens);
     together = std::max(kTogetherMin, std::min(kTogetherMax, kTogetherValues / block_values));
     block_values_ = block_values;
-    digit_tables_.resize(kTables - kFirstRows);
-    for (size_t i = 0; i < digit_tables_.size(); ++i) digits_fit_ &= r32::make_digit_table(source.tables + (kFirstRows + i) * r32::kSlots, digit_tables_[i]);
+    for (size_t i = 0; i < kTables - kFirstRows; ++i) digits_fit_ &= digit_tables_.set(i, source.tables + (kFirstRows + i) * r32::kSlots);
     class_starts_.resize(group.count + 1);
     for (size_t i = 0; i < group.count; ++i) class_starts_[i + 1] = class_starts_[i] + group.widths[i];
 }
@@ -129,7 +127,7 @@ const char* GroupReader::read(size_t first, size_t count) {
             const size_t digits = prepare_bases(first + i, level, bases, values(i));
             tiles[i] = {stream.data, stream.size, own.plans.blocks[first + i].symbols(group_.tokens), digits, bases, symbols_.data() + i * block_symbols_, false};
         }
-        r32::decode_tiles(tiles, count, own.plans.lanes, source_.tables, digit_tables_.data());
+        r32::decode_tiles(tiles, count, own.plans.lanes, source_.tables, digit_tables_);
         for (size_t i = 0; i < count; ++i) {
             if (!tiles[i].ok) return "a tile of a ladder segment does not decode";
             take_level(first + i, level, tiles[i].symbols, values(i));

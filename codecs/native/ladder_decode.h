@@ -94,7 +94,7 @@ class GroupReader {
     const Blocks& group_;
     const Source& source_;
     const Loops& loops_ = loops();
-    std::vector<r32::DigitTable> digit_tables_;
+    r32::DigitTables digit_tables_{};
     bool digits_fit_ = true;
     std::vector<Level> levels_;
     std::vector<size_t> class_starts_;

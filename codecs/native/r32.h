@@ -63,13 +63,20 @@ struct alignas(64) DigitTable {
     uint32_t entries[kDigitSymbols];
 };
 
-// Make one from the decoder entries of a table; false if it has other symbols.
-bool make_digit_table(const uint32_t* table, DigitTable& out);
+constexpr size_t kDigitTablesMax = 96;
 
-// The base of digit table number i: its bytes from the first one, in the high half. There are at most kDigitTablesMax.
-constexpr unsigned kDigitShift = 16;
-constexpr uint32_t kDigitBase = uint32_t(sizeof(DigitTable)) << kDigitShift;
-constexpr size_t kDigitTablesMax = 65536 / sizeof(DigitTable);
+// Tables of digits, by number. `cuts` has the same for vectors of tables: below[i] + 1 of each.
+struct DigitTables {
+    DigitTable rows[kDigitTablesMax];
+    alignas(64) uint16_t cuts[kDigitSymbols - 1][kDigitTablesMax];
+
+    // Set one from the decoder entries of a table; false if it has other symbols.
+    bool set(size_t number, const uint32_t* table);
+};
+
+// The base of a table of digits is its number shifted by this: its bytes from the first one, in the high half.
+constexpr unsigned kDigitBits = 16 + 6;
+static_assert(sizeof(DigitTable) == 1u << (kDigitBits - 16));
 
 // A tile whose symbols have tables of their own. Its first `digits` symbols, whole steps, have digit tables' bases. For the other symbols bases[i] is the first entry of their table.
 // `bases` has whole steps too: `count` rounded up to a multiple of the lanes; those behind the last symbol are any table's.
@@ -84,7 +91,7 @@ struct Tile {
 };
 
 // Decode tiles on this thread. Throws std::bad_alloc.
-void decode_tiles(Tile* tiles, size_t count, unsigned lanes, const uint32_t* tables, const DigitTable* digit_tables);
+void decode_tiles(Tile* tiles, size_t count, unsigned lanes, const uint32_t* tables, const DigitTables& digit_tables);
 
 // Encode a tile of at least one symbol, all with bases of the second kind, so that it ends at `room_end`, below which there are tile_bytes_max bytes. Answers its
 // bytes, or 0 if a symbol has no entry in its table.

@@ -77,8 +77,8 @@ inline __m256i look_up(const uint32_t* tables, const uint32_t* index) {
 }
 
 // Entries of digits: the slots of an index are its low 16 bits, its table the high ones.
-inline __m256i look_up(const DigitTable* tables, const uint32_t* index) {
-    const __m128i low = digit_entries(tables, index), high = digit_entries(tables, index + 4);
+inline __m256i look_up(const DigitTables* tables, const uint32_t* index) {
+    const __m128i low = digit_entries(tables->rows, index), high = digit_entries(tables->rows, index + 4);
     const __m256i slots = _mm256_load_si256(reinterpret_cast<const __m256i*>(index));
     return _mm256_add_epi32(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1), _mm256_slli_epi32(slots, 20));
 }

@@ -9,6 +9,7 @@
 #endif
 #include <immintrin.h>
 
+#include "r32_avx512_digits.h"
 #include "r32_kernels.h"
 
 #if defined(__clang__)
@@ -45,10 +46,10 @@ inline __m512i look_up(const uint32_t* tables, const uint32_t* index) {
 }
 
 // Entries of digits: the slots of an index are its low 16 bits, its table the high ones.
-inline __m512i look_up(const DigitTable* tables, const uint32_t* index) {
+inline __m512i look_up(const DigitTables* tables, const uint32_t* index) {
     __m128i quarter[4];
 #pragma GCC unroll 4
-    for (size_t i = 0; i < 4; ++i) quarter[i] = digit_entries(tables, index + 4 * i);
+    for (size_t i = 0; i < 4; ++i) quarter[i] = digit_entries(tables->rows, index + 4 * i);
     const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(quarter[0]), quarter[1], 1);
     const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(quarter[2]), quarter[3], 1);
     return _mm512_add_epi32(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1), _mm512_slli_epi32(_mm512_load_si512(index), 20));
@@ -188,7 +189,9 @@ void encode(EncodeTile& tile, const uint64_t* tables) {
 
 const Kernels kAvx512{"avx512",
                       {{}, {decode<1, 1>, decode<1, 2>, decode<1, 4>, nullptr}, {decode<2, 1>, decode<2, 2>, nullptr, nullptr}},
-                      {{}, {decode<1, 1>, decode<1, 2>, decode<1, 4>, nullptr}, {decode<2, 1>, decode<2, 2>, nullptr, nullptr}},
+                      {{nullptr, nullptr, avx512::decode_digits<8, 1>, avx512::decode_digits<8, 2>},
+                       {decode<1, 1>, avx512::decode_digits<16, 1>, avx512::decode_digits<16, 2>, nullptr},
+                       {avx512::decode_digits<32, 1>, avx512::decode_digits<32, 2>, nullptr, nullptr}},
                       {nullptr, encode<1>, encode<2>}};
 
 }  // namespace kvstore::r32

@@ -241,7 +241,7 @@ void run(Shared& shared, Sink& sink, size_t threads) {
 // Some tiles, at most as many as are decoded together: the steps of digits of all of them, then the other ones.
 class Round {
   public:
-    Round(Tile* tiles, size_t count, unsigned lanes, const uint32_t* tables, const DigitTable* digit_tables)
+    Round(Tile* tiles, size_t count, unsigned lanes, const uint32_t* tables, const DigitTables& digit_tables)
         : tiles_(tiles), count_(count), lanes_(lanes), tables_(tables), digit_tables_(digit_tables) {}
 
     void run(const Kernels& kernels, std::vector<TileDecoder>& decoders) {
@@ -249,7 +249,7 @@ class Round {
             const Tile& tile = tiles_[i];
             live_[i] = decoders[i].start(tile, tile.bases + (tile.count + lanes_ - 1) / lanes_ * lanes_);
         }
-        steps(decoders, true, digit_tables_, kernels.decode_digits[lanes_ / 16]);
+        steps(decoders, true, &digit_tables_, kernels.decode_digits[lanes_ / 16]);
         steps(decoders, false, tables_, kernels.decode[lanes_ / 16]);
         for (size_t i = 0; i < count_; ++i) tiles_[i].ok = decoders[i].ok;
     }
@@ -278,13 +278,14 @@ class Round {
     size_t count_;
     unsigned lanes_;
     const uint32_t* tables_;
-    const DigitTable* digit_tables_;
+    const DigitTables& digit_tables_;
     bool live_[kTilesTogetherMax];
 };
 
 }  // namespace
 
-bool make_digit_table(const uint32_t* table, DigitTable& out) {
+bool DigitTables::set(size_t number, const uint32_t* table) {
+    DigitTable& out = rows[number];
     for (int16_t& below : out.below) below = int16_t(kSlots);
     for (uint32_t slot = 0; slot < kSlots;) {
         const uint32_t symbol = table[slot] & 0xFF, frequency = (table[slot] >> 8 & (kSlots - 1)) + 1;
@@ -293,6 +294,7 @@ bool make_digit_table(const uint32_t* table, DigitTable& out) {
         for (size_t i = symbol; i > 0 && out.below[i - 1] == int16_t(kSlots); --i) out.below[i - 1] = int16_t(slot) - 1;
         slot += frequency;
     }
+    for (size_t i = 0; i < kDigitSymbols - 1; ++i) cuts[i][number] = uint16_t(out.below[i] + 1);
     return true;
 }
 
@@ -309,7 +311,7 @@ void decode_values(const Batch& batch, const uint32_t* tables, const uint8_t* st
     run(shared, sink, threads);
 }
 
-void decode_tiles(Tile* tiles, size_t count, unsigned lanes, const uint32_t* tables, const DigitTable* digit_tables) {
+void decode_tiles(Tile* tiles, size_t count, unsigned lanes, const uint32_t* tables, const DigitTables& digit_tables) {
     const size_t together = tiles_together(lanes);
     std::vector<TileDecoder> decoders(together, TileDecoder(lanes, tables));
     for (size_t first = 0; first < count; first += together) {

@@ -20,7 +20,7 @@ bool has_avx512() {
 Kernels avx512() {
     Kernels out = kAvx512;
     std::copy(std::begin(kAvx2.decode[0]), std::end(kAvx2.decode[0]), out.decode[0]);
-    std::copy(std::begin(kAvx2.decode_digits[0]), std::end(kAvx2.decode_digits[0]), out.decode_digits[0]);
+    std::copy_n(kAvx2.decode_digits[0], 2, out.decode_digits[0]);
     out.encode[0] = kAvx2.encode[0];
     return out;
 }

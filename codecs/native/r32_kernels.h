@@ -47,7 +47,7 @@ using DecodeKernel = void (*)(DecodeTile* const*, const Table*);
 struct Kernels {
     const char* name;
     DecodeKernel<uint32_t> decode[3][kCounts];
-    DecodeKernel<DigitTable> decode_digits[3][kCounts];
+    DecodeKernel<DigitTables> decode_digits[3][kCounts];
     void (*encode[3])(EncodeTile&, const uint64_t*);
 };
 

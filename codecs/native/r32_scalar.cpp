@@ -10,8 +10,8 @@ namespace {
 
 uint32_t look_up(const uint32_t* tables, uint32_t base, uint32_t slot) { return tables[base | slot]; }
 
-uint32_t look_up(const DigitTable* tables, uint32_t base, uint32_t slot) {
-    const DigitTable& table = tables[base / kDigitBase];
+uint32_t look_up(const DigitTables* tables, uint32_t base, uint32_t slot) {
+    const DigitTable& table = tables->rows[base >> kDigitBits];
     size_t symbol = 0;
     for (const int16_t below : table.below) symbol += below < int(slot);
     return table.entries[symbol] + (slot << 20);

@@ -25,7 +25,7 @@ from kvstore.errors import CodecError
 
 
 @triton.jit
-def _share_out(low, lane, LANES: tl.constexpr, BALLOT: tl.constexpr):  # noqa: N803
+def share_out(low, lane, LANES: tl.constexpr, BALLOT: tl.constexpr):  # noqa: N803
     """(number of set lanes before each lane, number of all set lanes), both (LANES,)."""
     if BALLOT:
         votes = tl.inline_asm_elementwise(
@@ -90,7 +90,7 @@ def _decode_tiles(
         high = state >> 12
         decoded = ((entry >> 8) & 4095) * high + high + (entry >> 20)
         low = active & (decoded < 65536)
-        before, taken = _share_out(low, lane, LANES, BALLOT)
+        before, taken = share_out(low, lane, LANES, BALLOT)
         at = position + before
         word = tl.load(words + at, mask=low & (at < end), other=0).to(tl.uint32) & 0xFFFF
         position += taken
@@ -139,7 +139,7 @@ def _encode_tiles(
         fields = (entry >> 32).to(tl.uint32)
         frequency_less_1 = fields & 4095
         full = active & ((state >> 20) > frequency_less_1)
-        before, emitted = _share_out(full, lane, LANES, BALLOT)
+        before, emitted = share_out(full, lane, LANES, BALLOT)
         position -= emitted
         tl.store(words + position + before, (state & 0xFFFF).to(tl.int16), mask=full)
         shifted = tl.where(full, state >> 16, state)

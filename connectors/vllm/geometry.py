@@ -17,10 +17,13 @@ from kvstore.spec import DType, KVSpec
 
 _DTYPES: dict[str, DType] = {"torch.float32": "float32", "torch.float16": "float16", "torch.bfloat16": "bfloat16"}
 
+_WINDOWED = (
+    "vLLM frees what leaves the window; models that have layers of full attention, too, are served with "
+    "--disable-hybrid-kv-cache-manager"
+)
 _KINDS = {
-    "SlidingWindowSpec": "layers that keep a window of tokens; start vLLM with --disable-hybrid-kv-cache-manager, "
-    "which keeps all of them",
-    "ChunkedLocalAttentionSpec": "layers of chunked local attention; start vLLM with --disable-hybrid-kv-cache-manager",
+    "SlidingWindowSpec": _WINDOWED,
+    "ChunkedLocalAttentionSpec": _WINDOWED,
     "MLAAttentionSpec": "multi-head latent attention is not supported yet",
     "MambaSpec": "state-space layers: their state is not K and V of every token",
     "UniformTypeKVCacheSpecs": "layers whose KV differs in shape",
@@ -86,6 +89,7 @@ def _of_group(vllm_config: Any, group: Any) -> Geometry:
     packed = [
         name for name in ("page_size_padded", "num_head_slots", "state_content_bytes") if getattr(layout, name, None)
     ]
+    packed += ["tokens_per_state"] if getattr(layout, "tokens_per_state", 1) != 1 else []
     quantised = getattr(getattr(layout, "kv_quant_mode", None), "name", "NONE")
     if str(layout.dtype) not in _DTYPES or quantised != "NONE" or packed:
         raise UnsupportedModelError(

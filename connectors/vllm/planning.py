@@ -6,6 +6,7 @@ from `lookups`, and until it is there `matched` answers None, which makes vLLM a
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +27,11 @@ ANSWER_SECONDS = 0.25
 FAILURE_SECONDS = 2.0
 FAILURES_MAX = 4096
 """A chunk that could not be loaded is not tried again for a while; so many are remembered."""
+
+NEVER = 1 << 62
+"""As a number of saved chunks: nothing more is to be saved."""
+
+_log = logging.getLogger(__name__)
 
 _DAMAGED = frozenset(
     {
@@ -61,7 +67,7 @@ class AsksStore(Protocol):
 
 
 class _Entry(msgspec.Struct):
-    """One request. Counts are of chunks but for `local` and the tokens of the question."""
+    """One request. Counts are of chunks but for `local` and the tokens of the question. `jobs` read its blocks."""
 
     request: Request
     question: Future[Answer] | None = None
@@ -194,7 +200,11 @@ class Planner:
                 if entry is not None:
                     computed = entry.request.num_computed_tokens + tokens
                     if computed >= (entry.saved + 1) * self._chunk:
-                        job = self._save(entry, computed, block_ids)
+                        try:
+                            job = self._save(entry, computed, block_ids)
+                        except Exception:  # one request that cannot be saved must not hold up the loads of others
+                            _log.exception("a request is not saved")
+                            job, entry.saved = None, NEVER
                         if job is not None:
                             saves.append(job)
         loads, self._loads = self._loads, []
@@ -346,9 +356,15 @@ class Planner:
                 entry.saved = min(entry.saved, *(self._jobs[job].first_chunk for job in entry.jobs))
 
     def _interrupt(self, request_id: str) -> bool:
-        """A request has been preempted; True if workers may still be reading its blocks."""
+        """A request has lost its blocks; True if workers may still be reading them.
+
+        Its jobs are no reason to keep the blocks that it will be given next. vLLM would not bear it: of a request that
+        ends while its blocks are being loaded it expects one word, not two.
+        """
         entry = self._entries.get(request_id)
-        return entry is not None and bool(entry.jobs)
+        if entry is not None:
+            entry.jobs = set()
+        return any(job.request_id == request_id for job in self._jobs.values())
 
 
 def unsupported_input(request: Any) -> str:

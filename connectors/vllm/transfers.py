@@ -8,6 +8,7 @@ wrong until the scheduler has taken note, so saves of such steps are dropped, wh
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import defaultdict
@@ -90,7 +91,8 @@ class Transfers:
                 if not self._load(job):
                     self._distrusted_epoch = plan.epoch
             else:
-                self._loader.submit(self._load_in_background, job)
+                late_at = time.monotonic() + self._settings.load_deadline_ms / 1e3
+                self._loader.submit(self._load_in_background, job, late_at)
 
     def save(self, plan: StepPlan) -> None:
         """Queue the plan's saves, after the step has been computed or at least handed to the GPU."""
@@ -151,16 +153,20 @@ class Transfers:
             for saving in self._saving.values():
                 saving.dropped = True
 
-    def _load_in_background(self, job: LoadJob) -> None:
-        self._load(job)
+    def _load_in_background(self, job: LoadJob, late_at: float) -> None:
+        self._load(job, late_at)
         with self._lock:
             self._received.add(job.request_id)
 
-    def _load(self, job: LoadJob) -> bool:
-        """Load what can be loaded; blocks, reason and request are reported if that is not all. Never raises."""
+    def _load(self, job: LoadJob, late_at: float = math.inf) -> bool:
+        """Load what can be loaded; blocks, reason and request are reported if that is not all. Never raises.
+
+        A load that has waited for others until `late_at` (monotonic seconds) is not begun.
+        """
         started = time.perf_counter()
         try:
-            loaded = self._fetch(job)
+            late = time.monotonic() > late_at
+            loaded = Loaded(stop=Miss(Reason.DEADLINE, "it waited for other loads")) if late else self._fetch(job)
         except Exception as error:  # whatever goes wrong with the store must not reach the engine
             _log.exception("a load failed")
             loaded = Loaded(stop=Miss(Reason.UNAVAILABLE, f"{type(error).__name__}: {error}".splitlines()[0]))

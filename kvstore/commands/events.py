@@ -27,12 +27,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=0, metavar="N", help="end after so many events; 0: do not")
     parser.add_argument("--seconds", type=float, default=math.inf, metavar="S", help="end after so many seconds")
     parser.add_argument("--json", action="store_true", help="print each event as JSON")
+    parser.add_argument(
+        "--publish",
+        metavar="ENDPOINT",
+        help="do not print: publish over ZeroMQ in vLLM's form, e.g. at tcp://127.0.0.1:5557 (events extra)",
+    )
+    parser.add_argument("--replay", default="", metavar="ENDPOINT", help="with --publish: where listeners ask again")
+    parser.add_argument("--topic", default="", help="with --publish: first part of every message")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print events until the count, the time, or the daemon has ended; the exit code is 1 in the last case."""
     if arguments.count < 0 or not arguments.seconds > 0:
         raise ConfigError("--count must not be negative, and --seconds must be positive")
+    if arguments.publish:
+        from kvstore.commands.publish import publish
+
+        return publish(arguments)
+    if arguments.replay or arguments.topic:
+        raise ConfigError("--replay and --topic go with --publish")
     left = arguments.count or math.inf
     with (
         connect_target(arguments) as client,

@@ -47,12 +47,13 @@ def sample_container(
     parent: bytes = ROOT,
     codec: Codec | None = None,
     fingerprint: bytes = FINGERPRINT,
+    position: int = 0,
 ) -> bytes:
     """A container for `key`; its content follows from `seed`, by default from the key itself."""
     spec = spec or sample_spec()
     codec = codec or registry.get("raw", ROOT)
     seed = int.from_bytes(key[:8], "little") if seed is None else seed
-    meta = ChunkMeta(fingerprint=fingerprint, key=key, spec=spec, tokens=tokens, parent=parent)
+    meta = ChunkMeta(fingerprint=fingerprint, key=key, spec=spec, tokens=tokens, parent=parent, first_position=position)
     buffer = bytearray(encoded_bytes_max(codec, spec, tokens))
     arrays = spec.arrays(sample_kv(spec, tokens, seed), tokens)
     nbytes = encode_chunk(codec, meta, arrays, memoryview(buffer))

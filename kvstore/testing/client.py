@@ -33,10 +33,11 @@ from kvstore.testing.client_harness import (
     put_chunk,
     put_samples,
 )
+from kvstore.testing.client_movement import MovementContract
 from kvstore.testing.client_quality import QualityContract
 
 
-class ClientContract(EventsContract, QualityContract):
+class ClientContract(EventsContract, MovementContract, QualityContract):
     """What `kvstore.client.Client` promises."""
 
     @pytest.mark.parametrize("order", ["chunk", "layer"])

@@ -101,6 +101,35 @@ class EvictionContract(TierHarness):
         assert put(tier, 5, self.quarter).stored
         assert present(tier, range(6)) == [2, 3, 4, 5]
 
+    def test_a_pin_can_be_made_to_end_sooner_and_never_later(self, tier: Tier, clock: FakeClock) -> None:
+        self.fill(tier)
+        tier.pin([key_of(0), key_of(1)], expires_at=clock.now + 20.0)
+        assert tier.unpin([key_of(0), key_of(2)], until=clock.now + 10.0) == [True, False]
+        assert tier.unpin([key_of(1)], until=clock.now + 90.0) == [True]
+        put(tier, 4, self.quarter)
+        assert present(tier, range(5)) == [0, 1, 3, 4]
+        clock.advance(15.0)
+        assert tier.unpin([key_of(0)]) == [False]
+        assert put(tier, 5, self.quarter).stored
+        assert present(tier, range(6)) == [1, 3, 4, 5]
+        clock.advance(10.0)
+        assert tier.unpin([key_of(1)]) == [False]
+
+    def test_parents_are_told(self, tier: Tier) -> None:
+        tier.put([item(1, 100), item(2, 100, key_of(1))])
+        assert tier.parents([key_of(2), key_of(1), key_of(9)]) == [key_of(1), ROOT, ROOT]
+
+    def test_what_is_let_go_is_gone_and_what_must_stay_stays(self, tier: Tier) -> None:
+        tier.put([item(1, 100), item(2, 100, key_of(1)), item(3, 100, key_of(2)), item(4, 100)])
+        tier.pin([key_of(3)], expires_at=2000.0)
+        left = tier.evict([key_of(number) for number in (1, 2, 3, 4, 9)])
+        assert not any((*left[:3], left[4])), "a pin keeps a chunk and those before it"
+        assert present(tier, range(5)) == [1, 2, 3, *([] if left[3] else [4])]
+        tier.unpin([key_of(3)])
+        left = tier.evict([key_of(number) for number in (1, 2, 3)])
+        assert len(set(left)) == 1
+        assert present(tier, [1, 2, 3]) == ([] if left[0] else [1, 2, 3])
+
     def test_a_pin_in_the_past_protects_nothing(self, tier: Tier, clock: FakeClock) -> None:
         self.fill(tier)
         assert tier.pin([key_of(0)], expires_at=clock.now - 1.0) == [True]

@@ -91,15 +91,26 @@ class MemoryClient(Client):
     def explain(self, keys: Sequence[bytes]) -> list[Explanation]:
         return explain_chain(keys, self.head(keys), lambda _: None)
 
-    def prefetch(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
+    def prefetch(
+        self, keys: Sequence[bytes], *, priority: int = 0, deadline_ms: float | None = None
+    ) -> list[PutStatus]:
         return [
             PutStatus(stored=key in self.chunks, reason=None if key in self.chunks else Reason.ABSENT) for key in keys
         ]
 
-    def pin(self, keys: Sequence[bytes], *, ttl_seconds: float) -> list[bool]:
+    def cancel(self, keys: Sequence[bytes]) -> list[bool]:
+        return [False for _ in keys]
+
+    def park(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
+        return self.prefetch(keys)
+
+    def resume(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
+        return self.prefetch(keys)
+
+    def pin(self, keys: Sequence[bytes], *, ttl_seconds: float, owner: str = "") -> list[bool]:
         return [key in self.chunks for key in keys]
 
-    def unpin(self, keys: Sequence[bytes]) -> list[bool]:
+    def unpin(self, keys: Sequence[bytes], *, owner: str = "") -> list[bool]:
         return [False for _ in keys]
 
     def delete(self, keys: Sequence[bytes]) -> list[bool]:

@@ -45,8 +45,14 @@ class WrappedTier(Tier):
     def pin(self, keys: Sequence[bytes], *, expires_at: float) -> list[bool]:
         return self.inner.pin(keys, expires_at=expires_at)
 
-    def unpin(self, keys: Sequence[bytes]) -> list[bool]:
-        return self.inner.unpin(keys)
+    def unpin(self, keys: Sequence[bytes], *, until: float = 0.0) -> list[bool]:
+        return self.inner.unpin(keys, until=until)
+
+    def evict(self, keys: Sequence[bytes]) -> list[bool]:
+        return self.inner.evict(keys)
+
+    def parents(self, keys: Sequence[bytes]) -> list[bytes]:
+        return self.inner.parents(keys)
 
     def scan(self) -> Iterator[Entry]:
         return self.inner.scan()

@@ -1,6 +1,6 @@
 """kill -9 at random instants: what the nvme tier acknowledged is there and whole, and nothing leaks.
 
-    python tests/chaos/kill_nvme.py --rounds 200 --seed 1
+    python tests/chaos/kill_nvme.py --rounds 200 --seed 1 [--volumes 3]
 
 A round: a child process opens the volume the round before has left and lets several threads put, delete, read and
 touch real containers in a volume too small for them, so that extents are evicted and reused all the time. It says on
@@ -76,10 +76,10 @@ class Witness:
             os.write(self._pipe, LINE.pack(b"E" if removal is Removal.EVICTED else b"D", 0, entry.key))
 
 
-def work(directory: Path, chunks: dict[bytes, bytes], seed: int, pipe: int) -> None:
+def work(volumes: list[Path], chunks: dict[bytes, bytes], seed: int, pipe: int) -> None:
     """The child: never returns on its own."""
     tier = NvmeTier(
-        directory,
+        volumes,
         CAPACITY_BYTES,
         direct_io=seed % 4 != 0,
         piece_bytes=4 * IO_ALIGN,
@@ -164,14 +164,15 @@ def must_be_there(lines: Sequence[tuple[bytes, int, bytes]], before: set[bytes],
     return certain
 
 
-def check(directory: Path, chunks: dict[bytes, bytes], certain: set[bytes], tally: Tally) -> set[bytes]:
-    """Compare the volume with what it must hold; answers what it holds."""
-    report = fsck.check(directory)
-    tally.fsck_problems += report.problem_count
-    tally.leaked_bytes += report.leaked_bytes
-    if report.problem_count:
-        print(report.text(), file=sys.stderr)
-    tier = NvmeTier(directory, CAPACITY_BYTES)
+def check(volumes: list[Path], chunks: dict[bytes, bytes], certain: set[bytes], tally: Tally) -> set[bytes]:
+    """Compare the volumes with what it must hold; answers what it holds."""
+    for volume in volumes if all(volume.exists() for volume in volumes) else ():
+        report = fsck.check(volume)
+        tally.fsck_problems += report.problem_count
+        tally.leaked_bytes += report.leaked_bytes
+        if report.problem_count:
+            print(report.text(), file=sys.stderr)
+    tier = NvmeTier(volumes, CAPACITY_BYTES)
     try:
         usage = tier.usage()
         used = sum(page_up(entry.nbytes) for entry in tier.scan())
@@ -189,8 +190,9 @@ def check(directory: Path, chunks: dict[bytes, bytes], certain: set[bytes], tall
     return present
 
 
-def run(rounds: int, seed: int, directory: Path) -> Tally:
-    """Kill that many children; answers what was seen."""
+def run(rounds: int, seed: int, directory: Path, count: int = 1) -> Tally:
+    """Kill that many children of a tier of `count` volumes; answers what was seen."""
+    volumes = [directory / str(number) for number in range(count)]
     chunks = contents()
     tally = Tally()
     present: set[bytes] = set()
@@ -201,7 +203,7 @@ def run(rounds: int, seed: int, directory: Path) -> Tally:
         if not process:
             try:
                 os.close(reader)
-                work(directory, chunks, seed * 100_000 + number, writer)
+                work(volumes, chunks, seed * 100_000 + number, writer)
             finally:
                 os._exit(1)
         os.close(writer)
@@ -210,7 +212,7 @@ def run(rounds: int, seed: int, directory: Path) -> Tally:
         finally:
             os.close(reader)
             os.waitpid(process, 0)
-        present = check(directory, chunks, must_be_there(lines, present, tally), tally)
+        present = check(volumes, chunks, must_be_there(lines, present, tally), tally)
         tally.rounds += 1
     return tally
 
@@ -220,10 +222,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="kill -9 an nvme tier under load, again and again")
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--volumes", type=int, default=1, help="of the tier")
     parser.add_argument("--dir", default=None, help="where the volume goes; default: the system's temporary directory")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kvstore-chaos-", dir=arguments.dir) as directory:
-        tally = run(arguments.rounds, arguments.seed, Path(directory) / "tier")
+        tally = run(arguments.rounds, arguments.seed, Path(directory), arguments.volumes)
     print(msgspec.json.encode(tally).decode())
     return int(bool(tally.wrong or tally.lost or tally.leaked_bytes or tally.fsck_problems))
 

@@ -2,7 +2,7 @@
 //
 //   g++ -std=c++17 -O2 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -Icodecs/native -Ikvstore/native
 //       tests/fuzz/ladder_fuzz.cpp codecs/native/ladder_{avx512,decode,encode,loops,output}.cpp
-//       codecs/native/r32_{decode,encode,pack,dispatch,scalar,avx2,avx512}.cpp -lpthread -o ladder_fuzz
+//       codecs/native/r32_{decode,encode,pack,dispatch,scalar,avx2,avx512,avx512_digits}.cpp -lpthread -o ladder_fuzz
 //   ./ladder_fuzz CASES [SEED]
 //
 // A case is a layer group of a few small blocks, encoded, perhaps damaged, and decoded from some levels by every instruction set of
@@ -87,17 +87,21 @@ struct Group {
     std::vector<float> steps, gains, centres, cosine, sine;
 };
 
-// One or two parts of some layers, as K and V are.
+// One or two parts of some layers, as K and V are; one in a thousand is large, so that its tiles may have 16 or 32 lanes. In one of
+// two the blocks have like classes, so that many are decoded by the same kernel.
 Group random_group(Random& random) {
-    Group out{below(random, below(random, 3) ? 24 : 90), 1 + below(random, 2), 1 + below(random, 2), {}, {}, {}, {}, {}, {}, {}, {}, {}};
+    const bool large = below(random, 1000) == 0, alike = below(random, 2) == 0;
+    const size_t tokens = large ? 400 + below(random, 600) : below(random, below(random, 3) ? 24 : 90);
+    Group out{tokens, 1 + below(random, 2), 1 + below(random, 2), {}, {}, {}, {}, {}, {}, {}, {}, {}};
     const size_t half = below(random, 4), parts = 1 + below(random, 2);
     for (size_t part = 0; part < parts; ++part) {
-        const uint32_t width = uint32_t(2 * half + below(random, below(random, 8) ? 20 : 150));
+        const uint32_t width = uint32_t(2 * half + (large ? 90 : 0) + below(random, below(random, 8) ? 20 : 150));
         for (size_t i = 0; i < out.layers * out.heads; ++i) out.widths.push_back(width);
     }
+    int lowest = 0, spread = 1;
     for (const uint32_t width : out.widths) {
         std::vector<int8_t> own(width);
-        const int lowest = int(below(random, 70)) + ladder::kClassMin, spread = 1 + int(below(random, 30));
+        if (out.steps.empty() || !alike) lowest = large ? int(below(random, 24)) - 16 : int(below(random, 70)) + ladder::kClassMin, spread = 1 + int(below(random, 30));
         for (int8_t& one : own) one = int8_t(std::min(ladder::kClassMax, lowest + int(below(random, size_t(spread)))));
         std::sort(own.rbegin(), own.rend());
         out.classes.insert(out.classes.end(), own.begin(), own.end());

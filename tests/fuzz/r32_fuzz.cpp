@@ -1,7 +1,7 @@
 // Feeds R32's C++ decoders random and damaged streams, in buffers that end where AddressSanitizer notices one byte more.
 //
 //   g++ -std=c++17 -O2 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Icodecs/native tests/fuzz/r32_fuzz.cpp
-//       codecs/native/r32_{decode,encode,pack,dispatch,scalar,avx2,avx512}.cpp -lpthread -o r32_fuzz
+//       codecs/native/r32_{decode,encode,pack,dispatch,scalar,avx2,avx512,avx512_digits}.cpp -lpthread -o r32_fuzz
 //   ./r32_fuzz CASES [SEED]
 //
 // A case is a batch of tiles, encoded, perhaps damaged, and decoded by every instruction set of this processor. All must

@@ -20,7 +20,7 @@ VERSION = "0.5.6"
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 ENVIRONMENT = ROOT / ".venv-lmcache"
-OURS = ("tests/test_lmcache_adapter.py",)
+OURS = ("tests/test_lmcache_adapter.py", "tests/test_lmcache_server.py")
 THEIRS = (
     "examples/lmc_external_l2_adapter/tests/test_plugin.py",
     "tests/v1/distributed/test_mock_l2_adapter.py",

@@ -170,6 +170,24 @@ std::vector<uint32_t> ChunkTable::take_used(size_t limit) {
     return taken;
 }
 
+std::vector<uint32_t> ChunkTable::by_offset(uint64_t offset, size_t limit) const {
+    const auto before = [this](uint32_t a, uint32_t b) { return (*this)[a].offset < (*this)[b].offset; };
+    std::vector<uint32_t> nearest;  // a heap, the farthest first
+    for (uint32_t slot = 0; slot < slots_ && limit; ++slot) {
+        const ChunkSlot& chunk = (*this)[slot];
+        if (!chunk.present || chunk.offset < offset) continue;
+        if (nearest.size() == limit) {
+            if (!before(slot, nearest.front())) continue;
+            std::pop_heap(nearest.begin(), nearest.end(), before);
+            nearest.pop_back();
+        }
+        nearest.push_back(slot);
+        std::push_heap(nearest.begin(), nearest.end(), before);
+    }
+    std::sort_heap(nearest.begin(), nearest.end(), before);
+    return nearest;
+}
+
 void ChunkTable::sort_by_access() {
     std::vector<std::pair<uint64_t, uint32_t>> order;
     order.reserve(present_);

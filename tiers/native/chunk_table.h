@@ -55,6 +55,9 @@ class ChunkTable {
     // Up to `limit` slots used since they were last taken, the most recently used first; looks at a bounded number.
     std::vector<uint32_t> take_used(size_t limit);
 
+    // Up to `limit` slots of chunks at `offset` or behind, by offset; looks at every chunk.
+    std::vector<uint32_t> by_offset(uint64_t offset, size_t limit) const;
+
     // Puts all chunks into the order of their access numbers; those with equal ones stay in their order.
     void sort_by_access();
 

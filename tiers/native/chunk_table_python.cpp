@@ -191,20 +191,26 @@ PyObject* walk(PyObject* self, PyObject* args) {
     return Py_BuildValue("NK", rows, static_cast<unsigned long long>(slot));
 }
 
+PyObject* rows_of(const ChunkTable& table, const std::vector<uint32_t>& chosen) {
+    PyObject* rows = PyList_New(0);
+    for (size_t i = 0; rows && i < chosen.size(); ++i) {
+        if (append(rows, row(table, chosen[i]))) continue;
+        Py_DecRef(rows);
+        rows = nullptr;
+    }
+    return rows;
+}
+
 PyObject* take_used(PyObject* self, PyObject* limit_object) {
     const size_t limit = PyLong_AsSize_t(limit_object);
     if (PyErr_Occurred()) return nullptr;
-    return guarded([&]() -> PyObject* {
-        ChunkTable& table = table_of(self);
-        const std::vector<uint32_t> taken = table.take_used(limit);
-        PyObject* rows = PyList_New(0);
-        for (size_t i = 0; rows && i < taken.size(); ++i) {
-            if (append(rows, row(table, taken[i]))) continue;
-            Py_DecRef(rows);
-            rows = nullptr;
-        }
-        return rows;
-    });
+    return guarded([&] { return rows_of(table_of(self), table_of(self).take_used(limit)); });
+}
+
+PyObject* by_offset(PyObject* self, PyObject* args) {
+    unsigned long long offset, limit;
+    if (!PyArg_ParseTuple(args, "KK", &offset, &limit)) return nullptr;
+    return guarded([&] { return rows_of(table_of(self), table_of(self).by_offset(offset, size_t(limit))); });
 }
 
 // What is wrong with a row of a catalog, nullptr if nothing is; adds the chunk.
@@ -283,6 +289,7 @@ PyMethodDef methods[] = {
     {"touch", touch, METH_VARARGS, "touch(keys, access, /)\n--\n\nCount a use of each, numbered from access + 1; the last number."},
     {"walk", walk, METH_VARARGS, "walk(cursor, limit, /)\n--\n\nRows by use, oldest first, and where to go on; START and END are 2**32 - 1."},
     {"take_used", take_used, METH_O, "take_used(limit, /)\n--\n\nRows used since they were last taken."},
+    {"by_offset", by_offset, METH_VARARGS, "by_offset(offset, limit, /)\n--\n\nRows of the first chunks at `offset` or behind, by offset."},
     {"load", load, METH_VARARGS, "load(rows, expected, /)\n--\n\nAdd what a catalog holds, by access; (key, record, problem) of what is bad."},
     {"extents", extents, METH_NOARGS, "extents()\n--\n\nOffsets and sizes, u64 each, oldest first."},
     {nullptr, nullptr, 0, nullptr},

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from kvstore.keys import ROOT
+from kvstore.tiers.policies.prompts import LAST, Prompt
 from kvstore.tiers.policy import Chunk, EvictionPolicy
 
 
@@ -40,6 +41,8 @@ class Node(msgspec.Struct, gc=False, eq=False):
     """Number of the event with which it joined its queue, for policies that have queues."""
     ticket: int = 0
     """Its entry in a `LeafHeap`; 0 if none."""
+    prompt: Prompt = msgspec.field(default_factory=lambda: LAST)
+    """The prompt that used it last, for policies that tell prompts apart."""
 
     @property
     def candidate(self) -> bool:

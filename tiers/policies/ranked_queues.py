@@ -20,7 +20,7 @@ class RankedQueues:
         self._order: list[int] = []
         self._place: list[int] = []
         self._occupied = 0
-        self._turn = 0
+        self._turn = 0  # a place in the order of ranks
 
     def rank(self, ranks: Sequence[float]) -> None:
         """Rank the groups 0 .. len(ranks) - 1 by these numbers; of equal ones the later group is the lower."""
@@ -56,15 +56,18 @@ class RankedQueues:
         return next(iter(self._queues[self._order[lowest]].values()))
 
     def move_on(self, group_of: Callable[[Node], int]) -> None:
-        """Take the next group in turn, and move the nodes at its head that belong elsewhere by now."""
-        if not self._queues:
+        """Take the next group in turn that has nodes, and move those at its head that belong elsewhere by now."""
+        if not self._occupied:
             return
-        self._turn = (self._turn + 1) % len(self._queues)
-        queue = self._queues[self._turn]
+        behind = self._occupied >> (self._turn + 1)
+        first = behind or self._occupied
+        self._turn = (first & -first).bit_length() + (self._turn if behind else -1)
+        turn = self._order[self._turn]
+        queue = self._queues[turn]
         while queue:
             node = next(iter(queue.values()))
             group = group_of(node)
-            if group == self._turn:
+            if group == turn:
                 return
             self.discard(node)
             self.add(node, group)

@@ -1,23 +1,30 @@
-"""What the engine tests share: an engine in a child process, a checkpoint, prompts."""
+"""A vLLM engine in a child process, for the benchmarks and for the tests with vLLM."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import random
 import select
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import msgspec
 
-SESSION = Path(__file__).with_name("vllm_session.py")
+from kvstore.errors import KVStoreError
+
 START_SECONDS_MAX = 600.0
 RUN_SECONDS_MAX = 300.0
+STOP_SECONDS_MAX = 30.0
+LOG_TAIL_BYTES = 4000
+
+
+class EngineError(KVStoreError):
+    """The engine did not answer; carries the end of its log."""
 
 
 class Outcome(msgspec.Struct):
@@ -29,29 +36,48 @@ class Outcome(msgspec.Struct):
     seconds: float
     counters: dict[str, float]
 
+    def counted(self, name: str) -> float:
+        """The sum of vLLM's counters whose name begins like this."""
+        return sum(value for key, value in self.counters.items() if key.startswith(f"vllm:{name}"))
+
 
 class Engine:
-    """A vLLM engine in a process of its own. A context manager.
+    """A context manager: the engine runs inside it.
 
     Args:
         model: directory of the checkpoint.
         connector: `kv_connector_extra_config`; None for no connector.
         log: where the engine's output goes.
+        session: how to start a `vllm_session`, behind the interpreter's name.
+        environment: of the process, beside this one's.
         llm: further arguments of `vllm.LLM`.
+
+    Raises:
+        EngineError: on entering it, or from `finish`.
     """
 
-    def __init__(self, model: Path, connector: dict[str, Any] | None, log: Path, **llm: Any) -> None:
+    def __init__(
+        self,
+        model: Path,
+        connector: dict[str, Any] | None,
+        log: Path,
+        *,
+        session: Sequence[str | Path] = ("-m", "kvstore.bench.vllm_session"),
+        environment: dict[str, str] | None = None,
+        **llm: Any,
+    ) -> None:
         config = json.dumps({"model": str(model), "connector": connector, "llm": llm})
         commands_read, commands_write = os.pipe()
         answers_read, answers_write = os.pipe()
         self.log = log
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, str(SESSION), str(commands_read), str(answers_write), config],
+                [sys.executable, *session, str(commands_read), str(answers_write), config],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 pass_fds=(commands_read, answers_write),
+                env={**os.environ, **(environment or {})},
             )
         os.close(commands_read)
         os.close(answers_write)
@@ -59,7 +85,11 @@ class Engine:
         self._answers = os.fdopen(answers_read, "r")
 
     def __enter__(self) -> Self:
-        self._answer(START_SECONDS_MAX)
+        try:
+            self._answer(START_SECONDS_MAX)
+        except EngineError:
+            self._stop()
+            raise
         return self
 
     def start(self, prompts: list[list[int]], new_tokens: int, **options: Any) -> None:
@@ -75,60 +105,28 @@ class Engine:
         self.start(prompts, new_tokens, **options)
         return self.finish()
 
+    def idle_hooks_us(self, rounds: int) -> dict[str, float]:
+        """Microseconds of each of the connector's hooks in a step with nothing to do."""
+        print(json.dumps({"idle_hooks": rounds}), file=self._commands, flush=True)
+        return msgspec.convert(self._answer(RUN_SECONDS_MAX), dict[str, float])
+
     def _answer(self, seconds: float) -> Any:
         ready, _, _ = select.select([self._answers], [], [], seconds)
         line = self._answers.readline() if ready else ""
-        assert line, f"the engine did not answer; the end of its log:\n{self.log.read_text()[-4000:]}"
+        if not line:
+            end = self.log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
+            raise EngineError(f"vLLM did not answer; the end of {self.log}:\n{end}")
         return json.loads(line)
+
+    def _stop(self) -> None:
+        self._commands.close()
+        self._answers.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_SECONDS_MAX)
+        self._process.kill()
+        self._process.wait()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._commands.close()
-        self._answers.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(30)
-        self._process.kill()
-        self._process.wait()
-
-
-def save_checkpoint(directory: Path) -> Path:
-    """A small Llama with random weights, large enough that attention is peaked and wrong KV changes tokens at once."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-    )
-    model: Any = LlamaForCausalLM(config)
-    model.to(torch.float32).save_pretrained(directory)
-    return directory
-
-
-def mixed_prompts(seed: int = 0) -> list[list[int]]:
-    """Twenty prompts of 69 to 310 tokens, most of which begin like others."""
-    random_ = random.Random(seed)
-
-    def ids(count: int) -> list[int]:
-        return [random_.randrange(3, 500) for _ in range(count)]
-
-    beginnings = [ids(64), ids(128), ids(160)]
-    shared = [beginning + ids(random_.randrange(5, 150)) for beginning in beginnings for _ in range(6)]
-    return [*shared, ids(96), ids(256)]
-
-
-def second_turns(prompts: list[list[int]], answers: list[list[int]]) -> list[list[int]]:
-    """Twelve of the conversations continued: prompt, answer, and a new question."""
-    random_ = random.Random(99)
-    turns = zip(prompts[:12], answers[:12], strict=True)
-    return [[*prompt, *answer, *(random_.randrange(3, 500) for _ in range(20))] for prompt, answer in turns]
+        self._stop()

@@ -1,0 +1,124 @@
+"""Compares what the connector relies on with a version of vLLM, by its sources: nothing of it is imported or run.
+
+    python tests/engines/vllm_interface.py DIRECTORY|WHEEL ...
+
+Each is a wheel, or the directory that an installed `vllm` lies in. Prints what does not fit; exits with 1 if any does.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CONNECTOR = ROOT / "connectors" / "vllm" / "connector.py"
+BASE = "vllm/distributed/kv_transfer/kv_connector/v1/base.py"
+
+FIELDS = {
+    ("vllm/v1/core/sched/output.py", "SchedulerOutput"): {
+        "num_scheduled_tokens", "preempted_req_ids", "has_sync_kv_loads", "kv_connector_block_state",
+    },
+    ("vllm/v1/core/sched/output.py", "KVConnectorBlockState"): {"get_block_ids"},
+    ("vllm/v1/outputs.py", "KVConnectorOutput"): {"kv_connector_worker_meta", "invalid_block_ids"},
+    ("vllm/v1/request.py", "Request"): {
+        "request_id", "num_computed_tokens", "cache_salt", "skip_reading_prefix_cache", "num_tokens", "all_token_ids",
+        "lora_request", "mm_features", "prompt_embeds", "resumable",
+    },
+    ("vllm/v1/kv_cache_interface.py", "FullAttentionSpec"): {"non_causal"},
+    ("vllm/v1/kv_cache_interface.py", "AttentionSpec"): {
+        "num_kv_heads", "head_size", "head_size_v", "dtype", "kv_quant_mode", "page_size_padded", "num_head_slots",
+        "state_content_bytes",
+    },
+    ("vllm/v1/kv_cache_interface.py", "KVCacheConfig"): {"kv_cache_groups"},
+    ("vllm/v1/attention/backends/cpu_attn.py", "CPUAttentionBackend"): {"get_name", "supported_kv_cache_layouts"},
+}  # fmt: skip
+"""What the connector reads of vLLM's objects, by file and class."""
+
+
+class Sources:
+    """The sources of one version of vLLM."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._wheel = zipfile.ZipFile(path) if path.suffix == ".whl" else None
+        self._trees: dict[str, ast.Module] = {}
+
+    def tree(self, name: str) -> ast.Module:
+        """A file's syntax tree. Raises OSError or KeyError if there is none."""
+        if name not in self._trees:
+            text = self._wheel.read(name) if self._wheel else (self._path / name).read_bytes()
+            self._trees[name] = ast.parse(text)
+        return self._trees[name]
+
+    def methods(self, name: str, class_name: str) -> dict[str, ast.FunctionDef]:
+        """The methods of a class by name."""
+        body = _class(self.tree(name), class_name).body
+        return {item.name: item for item in body if isinstance(item, ast.FunctionDef)}
+
+    def names(self, name: str, class_name: str) -> set[str]:
+        """A class's methods, fields, and attributes that its methods assign."""
+        found = set(self.methods(name, class_name))
+        for node in ast.walk(_class(self.tree(name), class_name)):
+            if isinstance(node, ast.AnnAssign | ast.Assign):
+                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                    found |= {target.id} if isinstance(target, ast.Name) else set()
+                    found |= {target.attr} if isinstance(target, ast.Attribute) else set()
+        return found
+
+
+def problems(path: Path) -> list[str]:
+    """What of the connector does not fit a version of vLLM; [] if all does."""
+    sources = Sources(path)
+    ours = {
+        item.name: item
+        for item in _class(ast.parse(CONNECTOR.read_bytes()), "KVStoreConnector").body
+        if isinstance(item, ast.FunctionDef) and not re.match(r"_[^_]", item.name)
+    }
+    theirs = sources.methods(BASE, "KVConnectorBase_V1")
+    found = []
+    for name, method in theirs.items():
+        if "abstractmethod" in map(ast.unparse, method.decorator_list) and name not in ours:
+            found.append(f"{name} is abstract, and the connector has none")
+    for name, own in ours.items():
+        if name not in theirs:
+            found.append(f"{name} of the connector is no method of KVConnectorBase_V1, so nobody calls it")
+        elif _arguments(own)[: len(_arguments(theirs[name]))] != _arguments(theirs[name]):
+            found.append(f"{name} takes {_arguments(theirs[name])}; the connector's takes {_arguments(own)}")
+    for (file, class_name), fields in FIELDS.items():
+        try:
+            missing = fields - sources.names(file, class_name)
+        except (KeyError, OSError):
+            missing = fields
+        found += [f"{class_name} has no {field}" for field in sorted(missing)]
+    return found
+
+
+def _class(tree: ast.Module, name: str) -> ast.ClassDef:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return node
+    raise KeyError(name)
+
+
+def _arguments(method: ast.FunctionDef) -> list[str]:
+    """Positional parameters, which vLLM may pass by name."""
+    return [argument.arg for argument in (*method.args.posonlyargs, *method.args.args)]
+
+
+def main() -> int:
+    """Check every version given; answers the exit code."""
+    failed = False
+    for argument in sys.argv[1:]:
+        found = problems(Path(argument))
+        print(f"{argument}: {'fits' if not found else ''}")
+        for line in found:
+            print(f"  {line}")
+        failed |= bool(found)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
