@@ -13,7 +13,7 @@ CODECS = "kvstore/codecs/native"
 TIERS = "kvstore/tiers/native"
 EXPONENTS = ("python", "loops", "fixed", "planes")
 LADDER = ("python", "avx512", "decode", "encode", "loops", "output")
-R32 = ("python", "decode", "encode", "pack", "dispatch", "scalar", "avx2", "avx512", "avx512_digits")
+R32 = ("python", "decode", "encode", "pack", "dispatch", "scalar", "avx2", "avx512", "avx512_digits", "neon")
 
 setup(
     ext_modules=[

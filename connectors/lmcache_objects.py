@@ -17,8 +17,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from contextlib import closing
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 import numpy as np
@@ -28,6 +27,7 @@ from kvstore.chunk import check_coverage, encode_chunk, encoded_bytes_max
 from kvstore.client import Client, Part, PutChunk
 from kvstore.codec import Codec
 from kvstore.codecs import registry
+from kvstore.connectors.objects import fetch_objects
 from kvstore.container import (
     FLAG_FROM_LOSSY,
     PART_KV,
@@ -161,26 +161,16 @@ class LMCacheObjects:
         A view whose object missed holds unspecified bytes. What is stored under the name and cannot be served, now or
         later, is deleted, so that the next store replaces it.
         """
-        misses: list[Miss | None] = [Miss(Reason.DEADLINE, "not read by the deadline")] * len(objects)
         remaining_ms = _milliseconds_until(deadline)
         if remaining_ms <= 0:
-            return misses
+            return [Miss(Reason.DEADLINE, "not read by the deadline")] * len(objects)
         keys = [self.key(item.name) for item in objects]
-        unusable: list[bytes] = []
-        parts: Any = self.client.fetch(keys, deadline_ms=remaining_ms)  # a generator; the contract says iterator
-        with closing(parts):
-            for part in parts:
-                try:
-                    misses[part.index] = part.miss
-                    if part.miss is None:
-                        self._decode(part, objects[part.index], keys[part.index])
-                except ContainerError as error:
-                    misses[part.index] = Miss(error.reason, error.detail)
-                    if error.reason != Reason.DEADLINE:
-                        unusable.append(keys[part.index])
-        if unusable:
-            self.client.delete(unusable)
-        return misses
+        return fetch_objects(
+            self.client,
+            keys,
+            lambda index, part: self._decode(part, objects[index], keys[index]),
+            deadline_ms=remaining_ms,
+        )
 
     def lock(self, names: Sequence[str], *, ttl_seconds: float) -> list[bool]:
         """Keep objects from eviction for a while; True where there is one."""

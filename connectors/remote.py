@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from kvstore.arguments import check_fetch, check_keys, check_owner, check_place, deadline_at
+from kvstore.arguments import check_fetch, check_keys, check_owner, check_pin, check_place, deadline_at
 from kvstore.client import ChunkInfo, Client, Order, Part, PutChunk
 from kvstore.connectors.remote_events import RemoteEvents
 from kvstore.connectors.remote_http import Connection, UnreachableError, unreachable
@@ -22,7 +22,7 @@ from kvstore.connectors.remote_link import CONTROL_SECONDS, GRACE_SECONDS, Link,
 from kvstore.connectors.remote_put import RemotePut
 from kvstore.connectors.remote_session import ClientSession
 from kvstore.connectors.remote_stream import FrameSource, PartReader
-from kvstore.errors import ConfigError, ServiceError
+from kvstore.errors import ServiceError
 from kvstore.events import EventFilter, EventStream
 from kvstore.explaining import Explanation
 from kvstore.outcome import Lookup, Miss, PutStatus, Reason
@@ -153,12 +153,11 @@ class RemoteClient(Client):
         deadline = deadline_at(deadline_ms)
         return self._moved("resume", keys, MoveRequest(keys=_hex(keys), deadline_ms=_remaining_ms(deadline)), deadline)
 
-    def pin(self, keys: Sequence[bytes], *, ttl_seconds: float, owner: str = "") -> list[bool]:
+    def pin(self, keys: Sequence[bytes], *, ttl_seconds: float, owner: str = "", priority: int = 0) -> list[bool]:
         """Keep chunks from eviction for a while."""
-        if not 0 < ttl_seconds < float("inf"):
-            raise ConfigError(f"ttl_seconds is {ttl_seconds}; it must be positive")
-        check_owner(owner)
-        return self._found("pin", keys, PinRequest(keys=_hex(keys), ttl_seconds=ttl_seconds, owner=owner))
+        check_pin(ttl_seconds, owner, priority)
+        body = PinRequest(keys=_hex(keys), ttl_seconds=ttl_seconds, owner=owner, priority=priority)
+        return self._found("pin", keys, body)
 
     def unpin(self, keys: Sequence[bytes], *, owner: str = "") -> list[bool]:
         """End an owner's pins."""

@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from contextlib import closing
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,6 +18,7 @@ import numpy as np
 from kvstore import kernels
 from kvstore.client import Client, Part, PutChunk
 from kvstore.connectors.lmcache_objects import OPAQUE
+from kvstore.connectors.objects import fetch_objects
 from kvstore.container import (
     PART_KV,
     ChunkMeta,
@@ -78,23 +77,10 @@ class SGLangPages:
 
         Spans whose page missed hold unspecified bytes. A page that cannot be served is deleted.
         """
-        misses: list[Miss | None] = [Miss(Reason.DEADLINE, "not read by the deadline")] * len(pages)
         keys = [self.key(page.name) for page in pages]
-        unusable: list[bytes] = []
-        parts: Any = self.client.fetch(keys, deadline_ms=deadline_ms)  # a generator; the contract says iterator
-        with closing(parts):
-            for part in parts:
-                try:
-                    misses[part.index] = part.miss
-                    if part.miss is None:
-                        self._read(part, pages[part.index])
-                except ContainerError as error:
-                    misses[part.index] = Miss(error.reason, error.detail)
-                    if error.reason != Reason.DEADLINE:
-                        unusable.append(keys[part.index])
-        if unusable:
-            self.client.delete(unusable)
-        return misses
+        return fetch_objects(
+            self.client, keys, lambda index, part: self._read(part, pages[index]), deadline_ms=deadline_ms
+        )
 
     def leading(self, names: Sequence[str]) -> int:
         """How many pages from the first one on are there."""

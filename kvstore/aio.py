@@ -101,9 +101,9 @@ class AsyncClient:
         """See `Client.resume`."""
         return await self._run(self._client.resume, keys, deadline_ms=deadline_ms)
 
-    async def pin(self, keys: Sequence[bytes], *, ttl_seconds: float, owner: str = "") -> list[bool]:
+    async def pin(self, keys: Sequence[bytes], *, ttl_seconds: float, owner: str = "", priority: int = 0) -> list[bool]:
         """See `Client.pin`."""
-        return await self._run(self._client.pin, keys, ttl_seconds=ttl_seconds, owner=owner)
+        return await self._run(self._client.pin, keys, ttl_seconds=ttl_seconds, owner=owner, priority=priority)
 
     async def unpin(self, keys: Sequence[bytes], *, owner: str = "") -> list[bool]:
         """See `Client.unpin`."""

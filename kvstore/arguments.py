@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from kvstore.errors import ConfigError
 from kvstore.keys import KEY_BYTES, ROOT
 
 OWNER_CHARACTERS_MAX = 128
+PIN_PRIORITY_MAX = 255
 
 
 def deadline_at(deadline_ms: float | None) -> float:
@@ -56,6 +58,15 @@ def check_keys(keys: Sequence[bytes]) -> None:
     """Raise ConfigError unless every key is 32 bytes."""
     for key in keys:
         check_key(key)
+
+
+def check_pin(ttl_seconds: float, owner: str, priority: int) -> None:
+    """Raise ConfigError unless chunks may be pinned so."""
+    if not 0 < ttl_seconds < math.inf:
+        raise ConfigError(f"ttl_seconds is {ttl_seconds}; it must be positive")
+    if not 0 <= priority <= PIN_PRIORITY_MAX:
+        raise ConfigError(f"priority is {priority}; of a pin it must be in 0..{PIN_PRIORITY_MAX}")
+    check_owner(owner)
 
 
 def check_owner(owner: str) -> None:

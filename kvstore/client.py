@@ -170,11 +170,12 @@ class Client(ABC):
         """Move a chain into memory, in few large reads, and wait for it; `existed` where it was there already."""
 
     @abstractmethod
-    def pin(self, keys: Sequence[bytes], *, ttl_seconds: float, owner: str = "") -> list[bool]:
+    def pin(self, keys: Sequence[bytes], *, ttl_seconds: float, owner: str = "", priority: int = 0) -> list[bool]:
         """Keep chunks from eviction for a while, in every tier that holds them. True where there was one.
 
         Every owner, a name that the callers agree on, has pins of its own; a chunk stays until the last has ended. A
-        store has room for so many pins (`kvstore.pins.PINS_MAX`); beyond that the answer is False.
+        store has room for so many pins (`kvstore.pins.PINS_MAX`) and pinned bytes (`store.pinned_share_max`); beyond
+        the bytes, pins of a lower `priority` (0..255) end to make room. Where none can, the answer is False.
         """
 
     @abstractmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvstore import gate_records
 from kvstore.config import Config
+from kvstore.durations import parse_seconds
 from kvstore.errors import ConfigError
 from kvstore.sizes import parse_bytes
 from kvstore.store import Store
@@ -35,6 +36,8 @@ def open_store(config: Config) -> Store:
             capacity_bytes = parse_bytes(tier.capacity, f"tiers.{name}.capacity")
             kind = tier.kind or name
             options = registry.policy_options(kind, tier.policy, tier.admission) | tier.options
+            if tier.ttl != "":
+                options["ttl_seconds"] = parse_seconds(tier.ttl, f"tiers.{name}.ttl")
             if tier.path:
                 options["path"] = tier.path
             tiers.append(registry.open_tier(kind, name=name, capacity_bytes=capacity_bytes, **options))

@@ -31,8 +31,8 @@ class TierConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     `kind` is the NAME unless given. `capacity` is the hard bound, e.g. "8GiB". `path` is the directory of a tier that
     has one, or the directories of an nvme tier on several disks. `codec` is what chunks are put into on their way to
     the tier, as CODEC or CODEC@LEVEL; on the first tier it is what the store asks writers for. `policy` says who is
-    evicted first and `admission` who may enter, by name; empty for the default of the tier's kind. `options` go to the
-    tier as they are.
+    evicted first and `admission` who may enter, by name; empty for the default of the tier's kind. `ttl` is how long a
+    chunk stays unused, e.g. "7d"; empty: until its room is needed. `options` go to the tier as they are.
     """
 
     capacity: str | int
@@ -41,6 +41,7 @@ class TierConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     codec: str = AS_IS
     policy: str = ""
     admission: str = ""
+    ttl: str | float = ""
     options: dict[str, Any] = {}
 
 

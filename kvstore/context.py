@@ -28,12 +28,21 @@ class Context:
         client: of the store; it stays open.
         keys: of the chain, from its first chunk.
         ttl_seconds: how long its pins last without a verb.
+        priority: of its pins, 0..255: where no more may be pinned, those of lower priorities end for them.
     """
 
-    def __init__(self, client: Client, keys: Sequence[bytes] = (), *, ttl_seconds: float = TTL_SECONDS_DEFAULT) -> None:
+    def __init__(
+        self,
+        client: Client,
+        keys: Sequence[bytes] = (),
+        *,
+        ttl_seconds: float = TTL_SECONDS_DEFAULT,
+        priority: int = 0,
+    ) -> None:
         self._client = client
         self._keys = list(keys)
         self._ttl_seconds = ttl_seconds
+        self._priority = priority
         self._owner = secrets.token_hex(8)
         self.renew()
 
@@ -43,8 +52,8 @@ class Context:
         return tuple(self._keys)
 
     def renew(self) -> int:
-        """Pin the chain for another `ttl_seconds`; answers how many leading chunks of it are there."""
-        found = self._client.pin(self._keys, ttl_seconds=self._ttl_seconds, owner=self._owner)
+        """Pin the chain for another `ttl_seconds`; answers how many leading chunks of it are there and pinned."""
+        found = self._client.pin(self._keys, ttl_seconds=self._ttl_seconds, owner=self._owner, priority=self._priority)
         return found.index(False) if False in found else len(found)
 
     def extend(self, keys: Sequence[bytes]) -> None:
@@ -54,7 +63,7 @@ class Context:
 
     def fork(self) -> Context:
         """A context of the same chain, with pins of its own; it costs no copy."""
-        return Context(self._client, self._keys, ttl_seconds=self._ttl_seconds)
+        return Context(self._client, self._keys, ttl_seconds=self._ttl_seconds, priority=self._priority)
 
     def park(self, *, deadline_ms: float | None = None) -> list[PutStatus]:
         """Move the chain out of memory, except what other contexts keep there; one status a chunk."""

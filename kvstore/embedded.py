@@ -97,8 +97,8 @@ class EmbeddedClient(Client):
     def resume(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
         return self.store.resume(keys, deadline_ms=deadline_ms)
 
-    def pin(self, keys: Sequence[bytes], *, ttl_seconds: float, owner: str = "") -> list[bool]:
-        return self.store.pin(keys, ttl_seconds=ttl_seconds, owner=owner)
+    def pin(self, keys: Sequence[bytes], *, ttl_seconds: float, owner: str = "", priority: int = 0) -> list[bool]:
+        return self.store.pin(keys, ttl_seconds=ttl_seconds, owner=owner, priority=priority)
 
     def unpin(self, keys: Sequence[bytes], *, owner: str = "") -> list[bool]:
         return self.store.unpin(keys, owner=owner)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from kvstore.container import CHAIN, MAGIC
 from kvstore.events import Event, EventRing
 from kvstore.keys import ROOT
+from kvstore.outcome import Miss, Reason
 from kvstore.tier import Entry, Removal, TierListener
 
 REMOVALS_MAX_DEFAULT = 16384
@@ -69,6 +70,15 @@ class EventLog:
             yield
         finally:
             self._bad.pop((tier, key), None)
+
+    def told(self, key: bytes, miss: Miss) -> Miss:
+        """A miss because the chunk is absent as one because it expired, if that is how it left; others as they are."""
+        if miss.reason is not Reason.ABSENT:
+            return miss
+        event = self.last_removal(key)
+        if event is None or event.reason is not Removal.EXPIRED:
+            return miss
+        return Miss(Reason.EXPIRED, f"it left {event.tier}, not having been used for too long")
 
     def last_removal(self, key: bytes) -> Event | None:
         """The event by which a key left a tier last, None if that is not remembered."""

@@ -33,6 +33,7 @@ class Why(enum.StrEnum):
     EVICTED = "evicted"  # its room was needed
     DELETED = "deleted"  # somebody asked for it
     QUARANTINED = "quarantined"  # its bytes were bad
+    EXPIRED = "expired"  # it was not used for as long as its tier keeps such
     WRONG_CHUNK_TOKENS = "wrong_chunk_tokens"  # the prompt is stored in chunks of another size
 
 
@@ -126,6 +127,7 @@ def _gone(key: bytes, event: Event | None, refusal: str) -> Explanation:
     because = {
         Removal.EVICTED: "to make room",
         Removal.DELETED: "on request",
+        Removal.EXPIRED: "because it had not been used for long (ttl)",
         Removal.QUARANTINED: f"because it is bad: {event.detail or 'the device failed to read it'}",
     }[event.reason]
     return Explanation(

@@ -15,6 +15,7 @@ class Reason(enum.StrEnum):
     """Why a chunk was not served, or not stored. Stable names: they are metric labels and wire values."""
 
     ABSENT = "absent"  # no tier holds the key
+    EXPIRED = "expired"  # it was there, and has not been used for as long as its tier keeps such
     PARENT_ABSENT = "parent_absent"  # the chunk may be there, but the prefix before it has a hole
     CORRUPT = "corrupt"  # a checksum failed
     TRUNCATED = "truncated"  # fewer bytes than the header promises

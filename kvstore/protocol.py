@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from kvstore.arguments import PIN_PRIORITY_MAX
 from kvstore.client import Order, Origin
 from kvstore.errors import ConfigError
 from kvstore.explaining import Why
@@ -80,11 +81,12 @@ class KeysRequest(Request, frozen=True, kw_only=True):
 
 
 class PinRequest(Request, frozen=True, kw_only=True):
-    """pin: keep the chunks from eviction for `ttl_seconds`, in the owner's name."""
+    """pin: keep the chunks from eviction for `ttl_seconds`, in the owner's name; lower priorities give way to it."""
 
     keys: list[str]
     ttl_seconds: float
     owner: str = ""
+    priority: Annotated[int, msgspec.Meta(ge=0, le=PIN_PRIORITY_MAX)] = 0
 
 
 class UnpinRequest(Request, frozen=True, kw_only=True):
@@ -219,9 +221,16 @@ class StatusesReply(msgspec.Struct, frozen=True):
 
 
 class FoundReply(msgspec.Struct, frozen=True):
-    """Answer to pin, unpin, cancel and delete."""
+    """Answer to unpin, cancel and delete."""
 
     found: list[bool]
+
+
+class PinReply(msgspec.Struct, frozen=True):
+    """Answer to pin; `misses` says why a chunk is not pinned: it is `absent`, or there is no room (`full`)."""
+
+    found: list[bool]
+    misses: list[Miss | None]
 
 
 class FlushReply(msgspec.Struct, frozen=True):

@@ -15,7 +15,7 @@ from typing import Any, cast
 import msgspec
 
 from kvstore import gate
-from kvstore.arguments import check_fetch, check_key, check_keys, check_owner, check_place, deadline_at
+from kvstore.arguments import check_fetch, check_key, check_keys, check_owner, check_pin, check_place, deadline_at
 from kvstore.client import ChunkInfo, Order
 from kvstore.counters import Counters
 from kvstore.demotion import WriteBehind
@@ -80,7 +80,7 @@ class Store:
         self._window_bytes = self.settings.nbytes("fetch_window_bytes", quarter)
         self._transient = TransientPool(self.settings.nbytes("transient_bytes_max", quarter))
         self._codecs = codecs
-        self._pins = Pins(self.tiers)
+        self._pins = Pins(self.tiers, share_max=self.settings.pinned_share_max, counters=self.counters)
         self._promoter = Promoter(
             self.memory,
             lower,
@@ -181,7 +181,7 @@ class Store:
         self.counters.add("lookup_chunks", "miss", len(keys) - len(prefix))
         if len(prefix) == len(keys):
             return Lookup(prefix, None, tuple(sizes))
-        miss = Miss(Reason.ABSENT, f"chunk {found} of {len(keys)} is in no tier")
+        miss = self.events.told(keys[found], Miss(Reason.ABSENT, f"chunk {found} of {len(keys)} is in no tier"))
         return Lookup(prefix, miss, tuple(sizes[:found]))
 
     def fetch(
@@ -201,7 +201,7 @@ class Store:
             raise ConfigError("min_quality and decode need a store that knows codecs: open it with kvstore.connect")
         deadline = deadline_at(deadline_ms)
         if self._closed:
-            return self._counted(Step(index, _CLOSED_MISS) for index in range(len(keys)))
+            return self._counted(keys, (Step(index, _CLOSED_MISS) for index in range(len(keys))))
         self.touch(keys)
         if order == "layer":
             self._prefetcher.overtake(keys)
@@ -218,7 +218,7 @@ class Store:
         )
         if decode and self._codecs is not None:
             steps = decoded_steps(steps, self._codecs, self._transient, deadline)
-        return self._counted(steps)
+        return self._counted(keys, steps)
 
     def borrow(self, key: bytes, *, deadline_ms: float | None = None) -> Loan | Miss:
         """A loan on one chunk's container bytes."""
@@ -228,6 +228,7 @@ class Store:
         if outcome is None:
             (outcome,) = borrow_by(self._movers, self._promoter, [key], deadline)
         if isinstance(outcome, Miss):
+            outcome = self.events.told(key, outcome)
             self.counters.add("misses", str(outcome.reason))
         return outcome
 
@@ -282,13 +283,15 @@ class Store:
         for tier in self.tiers:
             tier.touch(keys[::-1])
 
-    def pin(self, keys: Sequence[bytes], *, ttl_seconds: float, owner: str = "") -> list[bool]:
-        """Keep chunks from eviction for `ttl_seconds`, in every tier that holds them."""
+    def pin(self, keys: Sequence[bytes], *, ttl_seconds: float, owner: str = "", priority: int = 0) -> list[bool]:
+        """As `try_pin`; True where the chunk is pinned."""
+        return [miss is None for miss in self.try_pin(keys, ttl_seconds=ttl_seconds, owner=owner, priority=priority)]
+
+    def try_pin(self, keys: Sequence[bytes], *, ttl_seconds: float, owner: str, priority: int) -> list[Miss | None]:
+        """Keep chunks from eviction in every tier that holds them; None, or why not: `absent`, or no room (`full`)."""
         check_keys(keys)
-        if not ttl_seconds > 0:
-            raise ConfigError(f"ttl_seconds is {ttl_seconds}; it must be positive")
-        check_owner(owner)
-        return self._pins.pin(keys, owner=owner, expires_at=time.monotonic() + ttl_seconds)
+        check_pin(ttl_seconds, owner, priority)
+        return self._pins.pin(keys, owner=owner, expires_at=time.monotonic() + ttl_seconds, priority=priority)
 
     def unpin(self, keys: Sequence[bytes], *, owner: str = "") -> list[bool]:
         """End an owner's pins."""
@@ -377,11 +380,13 @@ class Store:
     def _sizes(self, keys: Sequence[bytes]) -> list[int]:
         return [info.nbytes if info is not None else 0 for info in self.head(keys)]
 
-    def _counted(self, steps: Generator[Step, None, None]) -> Generator[Step]:
+    def _counted(self, keys: Sequence[bytes], steps: Generator[Step, None, None]) -> Generator[Step]:
         try:
             for step in steps:
                 if step.miss is not None:
-                    self.counters.add("misses", str(step.miss.reason))
+                    miss = self.events.told(keys[step.index], step.miss)
+                    step = msgspec.structs.replace(step, miss=miss)
+                    self.counters.add("misses", str(miss.reason))
                 yield step
         finally:
             steps.close()

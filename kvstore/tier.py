@@ -78,6 +78,7 @@ class Removal(enum.StrEnum):
     DELETED = "deleted"  # somebody asked for it
     EVICTED = "evicted"  # its room was needed
     QUARANTINED = "quarantined"  # its bytes are bad, or the device cannot read them
+    EXPIRED = "expired"  # it has not been used for as long as the tier keeps such
 
 
 class TierListener(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from aiohttp import web
@@ -21,6 +22,7 @@ from kvstore.protocol import (
     InfoReply,
     KeysRequest,
     MoveRequest,
+    PinReply,
     PinRequest,
     PrefetchRequest,
     PutEntry,
@@ -102,10 +104,13 @@ async def pin(request: web.Request) -> web.Response:
     body = await read_body(request, PinRequest)
     if not 0 < body.ttl_seconds < float("inf"):
         raise RefusalError(400, "invalid", f"ttl_seconds is {body.ttl_seconds}; it must be positive", "ttl_seconds")
-    store = request.app[DAEMON].store
-    return await _found(
-        request, body.keys, lambda keys: store.pin(keys, ttl_seconds=body.ttl_seconds, owner=body.owner)
+    daemon = request.app[DAEMON]
+    keys = keys_of(body.keys, daemon.config.request_keys_max)
+    pinning = partial(
+        daemon.store.try_pin, keys, ttl_seconds=body.ttl_seconds, owner=body.owner, priority=body.priority
     )
+    misses = await daemon.workers.run(deadline_of(None), pinning)
+    return json_response(PinReply([miss is None for miss in misses], misses))
 
 
 async def unpin(request: web.Request) -> web.Response:

@@ -21,6 +21,8 @@ COUNTERS: dict[str, tuple[str, str | None, str]] = {
     "quarantined": ("kvstore_quarantined", "reason", "Bad chunks removed from the tier they were read from."),
     "prefetches": ("kvstore_prefetches", "outcome", "Prefetches: done, late, failed, busy, cancelled or overtaken."),
     "promotions_refused": ("kvstore_promotions_refused", None, "Chunks served from below and not kept in memory."),
+    "pins_displaced": ("kvstore_pins_displaced", None, "Pins that ended early for those of a higher priority."),
+    "pins_refused": ("kvstore_pins_refused", "reason", "Pins refused: no such chunk, or no room for the pin."),
     "deletes": ("kvstore_deletes", None, "Keys deleted."),
     "demoted": ("kvstore_demoted", "tier", "Chunks written behind a put to a durable tier."),
     "demoted_bytes": ("kvstore_demoted_bytes", "tier", "Bytes written behind a put."),
@@ -47,6 +49,8 @@ COUNTERS: dict[str, tuple[str, str | None, str]] = {
 TIER_COUNTERS: dict[str, tuple[str, str]] = {
     "evictions": ("kvstore_tier_evictions", "Chunks evicted."),
     "evicted_bytes": ("kvstore_tier_evicted_bytes", "Bytes evicted."),
+    "expirations": ("kvstore_tier_expirations", "Chunks that left because they had not been used for `ttl`."),
+    "expired_bytes": ("kvstore_tier_expired_bytes", "Bytes of the chunks that expired."),
     "refused": ("kvstore_tier_refused", "Chunks that the admission policy kept out."),
     "refused_bytes": ("kvstore_tier_refused_bytes", "Bytes of the chunks that the admission policy kept out."),
     "io_errors": ("kvstore_tier_io_errors", "Failed reads and writes of the device."),

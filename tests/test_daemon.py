@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from kvstore.bench.daemon import Daemon, DaemonError
-from kvstore.client import Client, PutChunk
+from kvstore.client import Client
 from kvstore.outcome import PutStatus
 from kvstore.testing.chunks import sample_container, sample_key, sample_keys
+from kvstore.testing.client_harness import put_chunk
 
 
 @pytest.fixture
@@ -25,16 +26,7 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
 
 def put(client: Client, keys: list[bytes], *, durable: bool = True) -> list[PutStatus]:
     """Put the sample chunks of these keys."""
-    chunks = []
-    for key in keys:
-        data = sample_container(key)
-
-        def write(target: memoryview, data: bytes = data) -> int:
-            target[: len(data)] = data
-            return len(data)
-
-        chunks.append(PutChunk(key, len(data), write))
-    return client.put(chunks, durable=durable)
+    return client.put([put_chunk(key, sample_container(key)) for key in keys], durable=durable)
 
 
 def served(client: Client, keys: list[bytes]) -> list[bool]:

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from kvstore.errors import ConfigError
 from kvstore.keys import ROOT
-from kvstore.testing.harness import key_of
+from kvstore.testing.harness import key_of, present, put
+from kvstore.tier import IO_ALIGN
 from kvstore.tiers import eviction_order
+from kvstore.tiers.dram import DramTier
 from kvstore.tiers.eviction_order import PolicyOrder, attach
 from kvstore.tiers.index import ChunkEntry, ChunkIndex, Index
 from kvstore.tiers.packed_index import native_table
@@ -170,3 +172,15 @@ def test_a_chunk_is_offered_again_after_it_was_evicted() -> None:
             index.add(entry)
     assert len(index) == 8
     assert refused
+
+
+def test_what_a_dram_tier_is_told_of_uses_its_policy_hears() -> None:
+    tier = DramTier(4 * IO_ALIGN, policy="arc")
+    for number in range(4):
+        put(tier, number, 100)
+    tier.touch([key_of(0)])
+    tier.touch([key_of(0)])
+    for number in range(10, 14):
+        put(tier, number, 100)
+    assert present(tier, [0, 1, 2, 3]) == [0], "used again, so it outlives what was stored later and never used"
+    tier.close()

@@ -16,13 +16,12 @@ from kvstore.errors import ConfigError, TierError
 from kvstore.outcome import Miss, Reason
 from kvstore.testing.harness import bytes_of, get, item, key_of, put
 from kvstore.testing.kvikio import DeviceArray, StandIn
-from kvstore.testing.tier import DurableContract, TierContract
+from kvstore.testing.nvme import NvmeContract
 from kvstore.tier import IO_ALIGN, Tier
 from kvstore.tiers import fsck, registry
 from kvstore.tiers.kvikio_io import KvikioIo
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.nvme_read import DeviceReadItem
-from kvstore.tiers.volume import VOLUME_NAME, journal_pages
 
 CAPACITY_BYTES = 1 << 20
 NBYTES = 50_001
@@ -38,26 +37,8 @@ def kvikio(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     assert not module.open_files, "a file was left open"
 
 
-def stored_bytes(tier: Tier, key: bytes) -> bytes | None:
-    """What the volume file says a chunk's bytes are."""
-    assert isinstance(tier, NvmeTier)
-    entry = tier._volume.space.index.get(key)
-    if entry is None:
-        return None
-    with (tier._volume.path / VOLUME_NAME).open("rb") as file:
-        file.seek(tier._volume.position(entry))
-        return file.read(entry.nbytes)
-
-
-class TestNvmeTierKvikio(DurableContract, TierContract):
+class TestNvmeTierKvikio(NvmeContract):
     """The contract of every tier."""
-
-    stored_bytes = staticmethod(stored_bytes)
-
-    @property
-    def quarter(self) -> int:
-        pages = self.capacity_bytes // IO_ALIGN - 1 - journal_pages(self.capacity_bytes)
-        return pages // 4 * IO_ALIGN
 
     @staticmethod
     def open_tier(capacity_bytes: int, clock: Callable[[], float], directory: Path) -> Tier:

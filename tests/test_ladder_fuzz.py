@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE = ROOT / "codecs" / "native"
 PARTS = ("avx512", "decode", "encode", "loops", "output")
-R32_PARTS = ("decode", "encode", "pack", "dispatch", "scalar", "avx2", "avx512", "avx512_digits")
+R32_PARTS = ("decode", "encode", "pack", "dispatch", "scalar", "avx2", "avx512", "avx512_digits", "neon")
 CASES = 3000
 SECONDS_MAX = 600
 

@@ -36,7 +36,7 @@ from kvstore.codecs import ladder_native
 
 ROPE = Rope(kind="default", theta=10000.0, dims=32)
 SPEC = KVSpec(layers=2, kv_heads=2, key_dim=40, value_dim=24, dtype="bfloat16", rope=ROPE)
-ISAS = ("avx512", "avx2", "scalar")
+ISAS = ("avx512", "avx2", "neon", "scalar")
 BEST = _native.r32_isa()
 PRODUCT_ERROR = 2.0**-18
 """Of the largest number: what two products of the same matrices may differ by, if BLAS sums in another order."""

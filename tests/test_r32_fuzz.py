@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE = ROOT / "codecs" / "native"
-PARTS = ("decode", "encode", "pack", "dispatch", "scalar", "avx2", "avx512", "avx512_digits")
+PARTS = ("decode", "encode", "pack", "dispatch", "scalar", "avx2", "avx512", "avx512_digits", "neon")
 CASES = 2000
 SECONDS_MAX = 600
 

@@ -356,7 +356,7 @@ def test_the_openapi_document_is_what_is_served(server: ServerThread) -> None:
     structs: list[type[msgspec.Struct]] = [*protocol.Request.__subclasses__(), protocol.HeadEntry, protocol.HeadReply]
     structs += [protocol.StatusesReply, protocol.FoundReply, protocol.FlushReply, protocol.InfoReply, PutStatus, Miss]
     structs += [Lookup, protocol.PromptLookup, protocol.HexBytes, protocol.ExplainEntry, protocol.ExplainReply]
-    structs.append(EventBody)
+    structs += [EventBody, protocol.PinReply]
     for struct in structs:
         schema = schemas[struct.__name__]
         assert set(schema["properties"]) == set(struct.__struct_fields__), struct.__name__

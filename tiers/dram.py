@@ -20,13 +20,14 @@ from kvstore.outcome import Miss, PutStatus, Reason
 from kvstore.tier import IO_ALIGN, Entry, HandDown, PutItem, ReadItem, Removal, Tier, Usage
 from kvstore.tiers.arena import Arena
 from kvstore.tiers.eviction_order import NATIVE, attach
+from kvstore.tiers.expiry import Expiry
 from kvstore.tiers.index import ChunkEntry
 from kvstore.tiers.leases import DramLease, DramSlot, Holdings
 from kvstore.tiers.space import ChunkSpace
 
 _EXISTED = PutStatus(stored=True, existed=True)
 _STORED = PutStatus(stored=True)
-_ABSENT = Miss(Reason.ABSENT)
+_ABSENT, _EXPIRED = Miss(Reason.ABSENT), Miss(Reason.EXPIRED)
 _CLOSED = "the dram tier is closed"
 
 HANDED_DOWN_MAX = 10_000
@@ -46,13 +47,14 @@ class DramTier(Tier):
         numa_node: take the memory from that node and no other; a CXL expander is a node.
         bandwidth_gb_per_second: what the owner of the machine says such memory delivers; 0 if unsaid.
         policy: who is evicted first, one of `kvstore.tiers.policies.registry.EVICTIONS`.
+        ttl_seconds: how long a chunk stays unused, see `kvstore.tiers.expiry`; None: until its room is needed.
 
     Attributes:
         hand_down: offered each chunk that is evicted while its bytes can still be read; set it before the first call.
 
     Raises:
         ConfigError: the capacity is less than a page or more than the machine's memory, there is no such node or
-            policy, or the bandwidth is negative.
+            policy, the bandwidth is negative, or `ttl_seconds` is not positive.
         TierError: the system has no sealable shared memory.
     """
 
@@ -70,6 +72,7 @@ class DramTier(Tier):
         numa_node: int | None = None,
         bandwidth_gb_per_second: float = 0.0,
         policy: str = NATIVE,
+        ttl_seconds: float | None = None,
     ) -> None:
         capacity_bytes -= capacity_bytes % IO_ALIGN
         if capacity_bytes < IO_ALIGN:
@@ -87,11 +90,12 @@ class DramTier(Tier):
         self._lock = threading.Lock()
         self._space = ChunkSpace(capacity_bytes)
         attach(self._space.index, policy, "", capacity_bytes, asks=False)
+        self._expiry = None if ttl_seconds is None else Expiry(self._space.index, ttl_seconds, clock, self._expire)
         self._holdings = Holdings()
         self._closed = False
         self._counters = dict.fromkeys(
             ("evictions", "evicted_bytes", "io_errors", "leases", "leases_expired", "read_bytes", "written_bytes"), 0
-        )
+        ) | {"expirations": 0, "expired_bytes": 0}
 
     def put(self, items: Sequence[PutItem]) -> list[PutStatus]:
         """Store chunks, evicting the least recently used to make room. Raises ValueError on empty data or a bad key."""
@@ -113,14 +117,12 @@ class DramTier(Tier):
     def sizes(self, keys: Sequence[bytes]) -> list[int | None]:
         """Bytes of each chunk, None where there is none."""
         with self._lock:
-            return [None if entry is None else entry.nbytes for entry in map(self._space.index.get, keys)]
+            return [None if entry is None else entry.nbytes for entry in self._live(keys)]
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """Count a use of each chunk that is there, in the given order."""
         with self._lock:
-            for key in keys:
-                if (entry := self._space.index.get(key)) is not None:
-                    self._space.index.use(entry)
+            self._space.index.touch([entry.key for entry in self._live(keys) if entry is not None])
 
     def delete(self, keys: Sequence[bytes]) -> list[bool]:
         """Remove chunks, pinned or not; True where there was one. Bytes of a leased chunk stay until its leases end."""
@@ -130,7 +132,7 @@ class DramTier(Tier):
     def pin(self, keys: Sequence[bytes], *, expires_at: float) -> list[bool]:
         """Keep chunks from eviction until then; the longest of several pins holds. True where there was one."""
         with self._lock:
-            entries = [self._space.index.get(key) for key in keys]
+            entries = self._live(keys)
             for entry in entries:
                 if entry is not None:
                     self._space.index.pin(entry, expires_at)
@@ -153,7 +155,7 @@ class DramTier(Tier):
                 left.append(entry is not None and self._space.index.may_leave(entry, now))
                 if entry is not None and left[-1]:
                     self._space.remove(entry)
-                    self._count_evicted([Entry(entry.key, entry.parent, entry.nbytes)])
+                    self._count_left([Entry(entry.key, entry.parent, entry.nbytes)])
         return left[::-1]
 
     def parents(self, keys: Sequence[bytes]) -> list[bytes]:
@@ -188,7 +190,7 @@ class DramTier(Tier):
         with self._lock:
             if self._closed:
                 return
-            self._closed = True
+            self._closed, self._expiry = True, None
             self._space = ChunkSpace(self.capacity_bytes)
             self._holdings = Holdings()
         self.arena.close()
@@ -269,7 +271,7 @@ class DramTier(Tier):
                 entry = space.start_leaving(nbytes, parent, self._clock())
                 if entry is None:
                     return
-                self._count_evicted([Entry(entry.key, entry.parent, entry.nbytes)])
+                self._count_left([Entry(entry.key, entry.parent, entry.nbytes)])
                 source = self.arena.view(entry.offset, entry.nbytes)
             try:
                 hand_down(Entry(entry.key, entry.parent, entry.nbytes), partial(_copy_to, source=source))
@@ -283,11 +285,20 @@ class DramTier(Tier):
         """The chunk, as its latest use."""
         if self._closed:
             return Miss(Reason.UNAVAILABLE, _CLOSED)
-        entry = self._space.index.get(key)
+        (entry,) = self._live([key])
         if entry is None:
-            return _ABSENT
+            return _ABSENT if self._expiry is None or not self._expiry.has_expired(key) else _EXPIRED
         self._space.index.use(entry)
         return entry
+
+    def _live(self, keys: Sequence[bytes]) -> list[ChunkEntry | None]:
+        """The chunks that may be served, None where there is none."""
+        return [self._space.index.get(key) for key in keys] if self._expiry is None else self._expiry.live(keys)
+
+    def _expire(self, entries: list[ChunkEntry]) -> None:
+        for entry in entries:
+            self._space.remove(entry)
+        self._count_left([Entry(entry.key, entry.parent, entry.nbytes) for entry in entries], Removal.EXPIRED)
 
     def _delete(self, key: bytes) -> bool:
         entry = self._space.index.get(key)
@@ -301,7 +312,7 @@ class DramTier(Tier):
     def _reserve(self, key: bytes, nbytes: int, parent: bytes, owner: str) -> DramSlot | PutStatus:
         if self._closed:
             return PutStatus(stored=False, reason=Reason.UNAVAILABLE, detail=_CLOSED)
-        if (entry := self._space.index.get(key)) is not None:
+        if (entry := self._live([key])[0] or self._space.index.get(key)) is not None:
             self._space.index.use(entry)
             return _EXISTED
         if self._space.is_filling(key):
@@ -312,15 +323,15 @@ class DramTier(Tier):
             detail = f"chunk of {nbytes} bytes, dram tier of {self.capacity_bytes}"
             return PutStatus(stored=False, reason=place, detail=detail)
         if evicted:
-            self._count_evicted(evicted)
+            self._count_left(evicted)
         slot = DramSlot(place, self.arena.view(place.offset, self._space.padded(nbytes)), self._end_slot, owner)
         self._holdings.add(slot)
         return slot
 
-    def _count_evicted(self, evicted: list[Entry]) -> None:
-        self._counters["evictions"] += len(evicted)
-        self._counters["evicted_bytes"] += sum(entry.nbytes for entry in evicted)
-        self.listener.removed(evicted, Removal.EVICTED)
+    def _count_left(self, left: list[Entry], removal: Removal = Removal.EVICTED) -> None:
+        self._counters["evictions" if removal is Removal.EVICTED else "expirations"] += len(left)
+        self._counters[f"{removal}_bytes"] += sum(entry.nbytes for entry in left)
+        self.listener.removed(left, removal)
 
     def _begin_lease(self, entry: ChunkEntry, owner: str, expires_at: float | None) -> DramLease:
         self._space.index.start_reading(entry)

@@ -48,15 +48,27 @@ class Order(Protocol):
         """See `Index.oldest`."""
 
 
+class Ages(Protocol):
+    """Hears of uses, to know how long ago they were."""
+
+    def tick(self) -> None:
+        """A use is about to be numbered."""
+
+    def used(self, keys: Iterable[bytes]) -> None:
+        """Chunks were used, those not there excepted."""
+
+
 class Index(ABC):
     """Chunks by key, and what to evict. How the chunks are kept is for the subclasses.
 
     Attributes:
         order: says who leaves; None: the least recently used does.
+        expiry: hears of uses; None where chunks stay however long they are not used.
     """
 
     def __init__(self) -> None:
         self.order: Order | None = None
+        self.expiry: Ages | None = None
         self._access = 0
         self._pinned: dict[bytes, ChunkEntry] = {}
         self._reading: dict[bytes, ChunkEntry] = {}
@@ -108,15 +120,25 @@ class Index(ABC):
     def _by_use(self) -> Iterator[tuple[ChunkEntry, int]]:
         """As `__iter__`, each with the number of its children."""
 
+    @property
+    def accesses(self) -> int:
+        """The largest number of a use so far."""
+        return self._access
+
     def next_access(self) -> int:
         """A number larger than that of any use so far."""
+        if self.expiry is not None:
+            self.expiry.tick()
         self._access += 1
         return self._access
 
     def add(self, entry: ChunkEntry) -> None:
-        """Add a chunk as the most recently used. Its key must not be there."""
+        """Add a chunk as the most recently used; numbers its use, if nobody has. Its key must not be there."""
+        entry.access = entry.access or self.next_access()
         added = self._add(entry)
         assert added, "a chunk is added once"
+        if self.expiry is not None:
+            self.expiry.used([entry.key])
         if self.order is not None:
             self.order.added(entry)
 
@@ -130,14 +152,24 @@ class Index(ABC):
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """Make each chunk that is there the most recently used, in the given order."""
-        self._touch(keys)
+        self.renew(keys)
+        if self.expiry is not None:
+            self.expiry.used(keys)
         if self.order is not None:
             self.order.used(keys)
 
     def use(self, entry: ChunkEntry) -> None:
         """Make a chunk the most recently used; `order` does not hear of it."""
-        self._touch([entry.key])
+        self.renew([entry.key])
         entry.access = self._access
+        if self.expiry is not None:
+            self.expiry.used([entry.key])
+
+    def renew(self, keys: Sequence[bytes]) -> None:
+        """Make each chunk that is there the most recently used; neither `order` nor the chunks before it count it."""
+        if self.expiry is not None:
+            self.expiry.tick()
+        self._touch(keys)
 
     def start_reading(self, entry: ChunkEntry) -> None:
         """Protect a chunk until the matching `stop_reading`."""

@@ -85,6 +85,7 @@ class NvmeTier(Tier):
         policy: who is evicted first, one of `kvstore.tiers.policies.registry.EVICTIONS`.
         admission: who may enter, one of `ADMISSIONS` there; empty for what the policy brings. Chunks that are
             `required` always may.
+        ttl_seconds: how long a chunk stays unused, see `kvstore.tiers.expiry`; None: until its room is needed.
         clock: seconds that pins expire by.
         io_backend: how bytes move, one of `kvstore.tiers.backends.BACKENDS`.
         io: the system calls, in place of a back end's.
@@ -92,7 +93,7 @@ class NvmeTier(Tier):
     After a fork the child's copy is closed; the parent's is not touched.
 
     Raises:
-        ConfigError: there is no such policy, admission or back end.
+        ConfigError: there is no such policy, admission or back end; `ttl_seconds` is not positive.
         VolumeBusyError: another tier has the volume.
         VolumeFormatError: what lies at `path` is not a volume, is damaged, or of another version.
         TierError: no space, no permission, or `capacity_bytes` too small.
@@ -112,6 +113,7 @@ class NvmeTier(Tier):
         evict_ahead_bytes: int | None = None,
         policy: str = NATIVE,
         admission: str = "",
+        ttl_seconds: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         io_backend: str = "posix",
         io: Io | None = None,
@@ -134,6 +136,8 @@ class NvmeTier(Tier):
         self._reads = ReadPath(self._volume)
         try:
             order = attach(self._volume.space.index, policy, admission, self._volume.data_bytes, asks=True)
+            if ttl_seconds is not None:
+                self._volume.start_expiry(ttl_seconds, clock)
         except BaseException:
             self._volume.close()
             raise
@@ -207,13 +211,13 @@ class NvmeTier(Tier):
     def sizes(self, keys: Sequence[bytes]) -> list[int | None]:
         """Bytes of each chunk, None where there is none."""
         with self._volume.lock:
-            return [None] * len(keys) if self._closed else self._volume.space.index.sizes(keys)
+            return [None] * len(keys) if self._closed else self._volume.sizes(keys)
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """Count a use of each chunk that is there."""
         with self._volume.lock:
             if not self._closed:
-                self._volume.space.index.touch(keys)
+                self._volume.touch(keys)
 
     def delete(self, keys: Sequence[bytes]) -> list[bool]:
         """Remove chunks; returns when their removal is durable, or after COMMIT_WAIT_SECONDS."""
@@ -244,7 +248,7 @@ class NvmeTier(Tier):
     def pin(self, keys: Sequence[bytes], *, expires_at: float) -> list[bool]:
         """Keep chunks from eviction until `expires_at`; the longest pin holds. Pins end with the process."""
         with self._volume.lock:
-            entries = [self._find(key) for key in keys]
+            entries = [None] * len(keys) if self._closed else self._volume.live(keys)
             for entry in entries:
                 if entry is not None:
                     self._volume.space.index.pin(entry, expires_at)

@@ -61,6 +61,7 @@ class PutPath:
 
     def put(self, items: Sequence[PutItem]) -> list[PutStatus]:
         """Store chunks; one status each. What does not fit at once is stored in waves, later ones evicting earlier."""
+        self._volume.sweep([item.key for item in items])
         statuses = self._refusals(items)
         while None in statuses:
             own, others = self._reserve_wave(items, statuses)

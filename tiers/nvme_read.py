@@ -91,9 +91,10 @@ class ReadPath:
     def _begin(self, item: ReadItem, nbytes_max: int | None = None) -> tuple[ChunkEntry, Span] | Miss:
         """Protect a chunk and say what to read, under the lock."""
         index = self._volume.space.index
-        entry = index.get(item.key)
+        (entry,) = self._volume.live([item.key])
         if entry is None:
-            return Miss(Reason.ABSENT)
+            expired = self._volume.expiry is not None and self._volume.expiry.has_expired(item.key)
+            return Miss(Reason.EXPIRED if expired else Reason.ABSENT)
         if item.offset >= entry.nbytes:
             return Miss(Reason.TRUNCATED, f"offset {item.offset} of a chunk of {entry.nbytes} bytes")
         index.use(entry)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,10 +15,12 @@ from kvstore.tiers.bad_places import bad_place, is_media_error
 from kvstore.tiers.catalog import recover_all
 from kvstore.tiers.directio import Io, ParallelFile
 from kvstore.tiers.disk import Disk, VolumeOptions
+from kvstore.tiers.expiry import Expiry
 from kvstore.tiers.groupcommit import GroupCommitter, Ticket
 from kvstore.tiers.index import ChunkEntry
 from kvstore.tiers.records import Row, pack_record
 from kvstore.tiers.resize import leaving
+from kvstore.tiers.saved_marks import load_marks, save_marks
 from kvstore.tiers.stripes import StripedCommitter, StripedExtents, StripedFile
 from kvstore.tiers.volume import (
     BASE_BITS,
@@ -46,6 +48,8 @@ class OpenVolume:
     of it, so that records are committed in the order in which the index changed. `file` and `committer` are those of
     the only volume, or of all of them together (`kvstore.tiers.stripes`).
 
+    `expiry` lets chunks leave that have not been used for long; None: they stay.
+
     Args:
         paths: the volumes' directories.
         options: how they are used; each has an equal share of the capacity.
@@ -67,6 +71,8 @@ class OpenVolume:
         self.entries_max = entries_max(options.capacity_bytes)
         self.lock = threading.Lock()
         self.listener: TierListener = NOBODY
+        self.expiry: Expiry | None = None
+        self._ticks_saved = 0
         self.counts = dict.fromkeys(
             (
                 "puts",
@@ -75,6 +81,8 @@ class OpenVolume:
                 "deletions",
                 "evictions",
                 "evicted_bytes",
+                "expirations",
+                "expired_bytes",
                 "read_bytes",
                 "written_bytes",
                 "io_errors",
@@ -171,6 +179,52 @@ class OpenVolume:
         if victims:
             self.tell_removed(victims, Removal.EVICTED)
 
+    def live(self, keys: Sequence[bytes]) -> list[ChunkEntry | None]:
+        """The chunks that may be served, None where there is none; under the lock."""
+        index = self.space.index
+        return [index.get(key) for key in keys] if self.expiry is None else self.expiry.live(keys)
+
+    def sizes(self, keys: Sequence[bytes]) -> list[int | None]:
+        """Bytes of each chunk that may be served, None where there is none; under the lock."""
+        return self.space.index.sizes(keys) if self.expiry is None else self.expiry.sizes(keys)
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Count a use of each chunk that may be served, under the lock."""
+        if self.expiry is not None:
+            keys = [entry.key for entry in self.live(keys) if entry is not None]
+        self.space.index.touch(keys)
+
+    def start_expiry(self, ttl_seconds: float, clock: Callable[[], float]) -> None:
+        """Let chunks leave that are not used for so long. Raises ConfigError unless it is positive."""
+        self.expiry = Expiry(self.space.index, ttl_seconds, clock, self._expire, load_marks(self.path, clock))
+
+    def sweep(self, keys: Sequence[bytes]) -> None:
+        """Let some chunks leave that have expired, those of `keys` first."""
+        if self.expiry is not None:
+            with self.lock:
+                self.expiry.sweep(keys)
+            self._save_ages()
+
+    def _save_ages(self, *, always: bool = False) -> None:
+        """Save how long ago the uses were, if that has changed by more than a tick."""
+        if (expiry := self.expiry) is None:
+            return
+        with self.lock:
+            if not always and self._ticks_saved == expiry.ticks:
+                return
+            self._ticks_saved = expiry.ticks
+            marks = expiry.marks()
+        save_marks(self.path, marks, expiry.clock)
+
+    def _expire(self, entries: list[ChunkEntry]) -> None:
+        ticket = self.ticket()
+        for entry in entries:
+            self.space.remove(entry, ticket)
+        self.committer.submit(ticket)
+        self.counts["expirations"] += len(entries)
+        self.counts["expired_bytes"] += sum(entry.nbytes for entry in entries)
+        self.tell_removed(entries, Removal.EXPIRED)
+
     def tell_removed(self, entries: list[ChunkEntry], removal: Removal) -> None:
         """Tell the listener of chunks that have left the index, under the lock."""
         self.listener.removed([Entry(entry.key, entry.parent, entry.nbytes) for entry in entries], removal)
@@ -200,6 +254,7 @@ class OpenVolume:
             self.committer.submit(ticket)
         if not ticket.done.wait(COMMIT_WAIT_SECONDS) or ticket.error is not None:
             raise TierError(f"the catalog of {self.path} cannot be written: {ticket.error or 'no answer'}")
+        self._save_ages(always=True)
 
     def close(self) -> None:
         """Flush if that is possible and release everything."""

@@ -260,6 +260,8 @@ const Loops* find(const char* name) {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if ((!name || std::strcmp(name, "avx512") == 0) && avx512) return &loops_avx512;
     if ((!name || std::strcmp(name, "avx2") == 0) && __builtin_cpu_supports("avx2")) return &loops_avx2;
+#elif defined(__aarch64__)
+    if (name && std::strcmp(name, "neon") == 0) return &loops_portable;  // compiled for NEON, as everything is there
 #endif
     return !name || std::strcmp(name, "scalar") == 0 ? &loops_portable : nullptr;
 }

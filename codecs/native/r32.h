@@ -103,7 +103,7 @@ void unpack(const Unpacking& unpacking, const uint8_t* symbols, int8_t* values);
 // Pack tokens x channels values to symbols, behind the last token with zeros; false if a value does not fit its digit.
 bool pack(const Unpacking& unpacking, const int8_t* values, uint8_t* symbols);
 
-// Instruction set in use ("avx512", "avx2" or "scalar"), and use another; false if the processor lacks it.
+// Instruction set in use ("avx512", "avx2", "neon" or "scalar"), and use another; false if the processor lacks it.
 const char* isa();
 bool use_isa(const char* name);
 

@@ -32,6 +32,8 @@ Kernels find(const char* name) {
     __builtin_cpu_init();
     if ((!name || std::strcmp(name, "avx512") == 0) && has_avx512()) return avx512();
     if ((!name || std::strcmp(name, "avx2") == 0) && has_avx2()) return kAvx2;
+#elif defined(__aarch64__)
+    if (!name || std::strcmp(name, "neon") == 0) return kNeon;
 #endif
     if (!name || std::strcmp(name, "scalar") == 0) return kScalar;
     return {};

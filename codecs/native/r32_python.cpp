@@ -211,7 +211,7 @@ PyMethodDef methods[] = {
      "r32_encode(target, lengths, symbols, counts, ids, lanes, tables, threads, /)\n--\n\nEncode tiles; bytes written, or -1."},
     {"r32_pack", as_method(py_pack), METH_FASTCALL,
      "r32_pack(symbols, values, radix, values_per_symbol, zero, /)\n--\n\nPack values; False if one does not fit."},
-    {"r32_isa", py_isa, METH_NOARGS, "r32_isa()\n--\n\nInstruction set in use: avx512, avx2 or scalar."},
+    {"r32_isa", py_isa, METH_NOARGS, "r32_isa()\n--\n\nInstruction set in use: avx512, avx2, neon or scalar."},
     {"r32_use_isa", py_use_isa, METH_O, "r32_use_isa(name, /)\n--\n\nUse another instruction set, for tests and measurements."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -1,8 +1,8 @@
 """R32 encode and decode: the C++ kernels when they were built, else the NumPy reference, with the same bits.
 
 Streams, symbols and values are C-contiguous arrays that the caller owns. `threads` is how many threads may work on one
-call, this one included; the interpreter's lock is free meanwhile. `KVSTORE_ISA` = avx512 | avx2 | scalar asks for other
-vector instructions than the best ones of the processor.
+call, this one included; the interpreter's lock is free meanwhile. `KVSTORE_ISA` = avx512 | avx2 | neon | scalar asks
+for other vector instructions than the best ones of the processor.
 """
 
 from __future__ import annotations

@@ -6,8 +6,10 @@ import argparse
 import math
 import os
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 
+from kvstore.client import Client
 from kvstore.commands.target import add_target, connect_target
 from kvstore.errors import ConfigError
 from kvstore.events import KINDS, Event
@@ -41,35 +43,67 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.count < 0 or not arguments.seconds > 0:
         raise ConfigError("--count must not be negative, and --seconds must be positive")
     if arguments.publish:
-        from kvstore.commands.publish import publish
-
         return publish(arguments)
     if arguments.replay or arguments.topic:
         raise ConfigError("--replay and --topic go with --publish")
+    with connect_target(arguments) as client:
+        return follow(arguments, client, arguments.after, lambda event: _print(arguments, event))
+
+
+def follow(
+    arguments: argparse.Namespace, client: Client, after: int | None, take: Callable[[Event], int | None]
+) -> int:
+    """Hand events to `take` until it answers an exit code, or the count, the time or the daemon has ended."""
     left = arguments.count or math.inf
-    with (
-        connect_target(arguments) as client,
-        client.events(
-            after=arguments.after,
-            tiers=arguments.tier,
-            kinds=arguments.kind,
-            deadline_ms=arguments.seconds * 1000,
-        ) as stream,
-    ):
+    with client.events(
+        after=after, tiers=arguments.tier, kinds=arguments.kind, deadline_ms=arguments.seconds * 1000
+    ) as stream:
         for event in stream:
-            try:
-                print(to_json(event).decode() if arguments.json else line(event), flush=True)
-            except BrokenPipeError:  # whoever read our output has seen enough
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                return 0
+            code = take(event)
             left -= 1
-            if left <= 0:
-                return 0
+            if code is not None or left <= 0:
+                return code or 0
         position = stream.position
     if arguments.seconds < math.inf:
         return 0
     print(f"kvstore: the daemon ended the stream or refused it; go on with --after {position}", file=sys.stderr)
     return 1
+
+
+def publish(arguments: argparse.Namespace) -> int:
+    """Publish events over ZeroMQ until the count, the time, or the daemon has ended; 1 in the last case.
+
+    Without --after everything that the daemon remembers comes first, behind an event that clears what listeners know.
+
+    Raises:
+        ConfigError: pyzmq is missing, or an endpoint cannot be bound.
+    """
+    try:
+        from kvstore.connectors.kv_events_zmq import KVEventPublisher
+    except ImportError as error:
+        raise ConfigError(f'--publish needs pyzmq ({error}); pip install "kvstore-tiered[events]"') from error
+    with (
+        connect_target(arguments) as client,
+        KVEventPublisher(arguments.publish, replay_endpoint=arguments.replay, topic=arguments.topic) as publisher,
+    ):
+        print(f"publishing at {publisher.endpoint} {publisher.replay_endpoint}".rstrip(), file=sys.stderr, flush=True)
+
+        def take(event: Event) -> int | None:
+            if publisher.publish(event):
+                return None
+            print("kvstore: the publisher does not keep up; start again", file=sys.stderr)
+            return 1
+
+        return follow(arguments, client, arguments.after or 0, take)
+
+
+def _print(arguments: argparse.Namespace, event: Event) -> int | None:
+    try:
+        print(to_json(event).decode() if arguments.json else line(event), flush=True)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return None
 
 
 def line(event: Event) -> str:

@@ -107,7 +107,7 @@ class MemoryClient(Client):
     def resume(self, keys: Sequence[bytes], *, deadline_ms: float | None = None) -> list[PutStatus]:
         return self.prefetch(keys)
 
-    def pin(self, keys: Sequence[bytes], *, ttl_seconds: float, owner: str = "") -> list[bool]:
+    def pin(self, keys: Sequence[bytes], *, ttl_seconds: float, owner: str = "", priority: int = 0) -> list[bool]:
         return [key in self.chunks for key in keys]
 
     def unpin(self, keys: Sequence[bytes], *, owner: str = "") -> list[bool]:

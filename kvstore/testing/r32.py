@@ -8,11 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 
 from kvstore.codecs.r32 import Layout, TableSet, coder, quantise, reference
-
-IMPLEMENTATIONS = ("reference", "scalar", "avx2", "avx512")
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -26,20 +23,31 @@ class Coded(NamedTuple):
 
 @contextmanager
 def instructions(name: str) -> Iterator[None]:
-    """Uses the C++ kernels of one instruction set; skips the test where they are not to be had."""
-    if not coder.NATIVE:
-        pytest.skip("needs the C++ kernels; this installation runs on NumPy")
+    """Uses the C++ kernels of one instruction set.
+
+    Raises:
+        ValueError: this processor lacks it.
+    """
     from kvstore import _native
 
     before = _native.r32_isa()
-    try:
-        _native.r32_use_isa(name)
-    except ValueError as error:
-        pytest.skip(f"needs {name}: {error}")
+    _native.r32_use_isa(name)
     try:
         yield
     finally:
         _native.r32_use_isa(before)
+
+
+def _runs_here(name: str) -> bool:
+    try:
+        with instructions(name):
+            return True
+    except ValueError:
+        return False
+
+
+IMPLEMENTATIONS = ("reference", *filter(_runs_here, ("scalar", "neon", "avx2", "avx512") if coder.NATIVE else ()))
+"""Those that run here: the reference in NumPy, then the C++ kernels of each instruction set of this processor."""
 
 
 def encode(name: str, symbols: Bytes, layout: Layout, tables: TableSet, *, threads: int = 1) -> Coded:

@@ -2,7 +2,7 @@
 //
 //   g++ -std=c++17 -O2 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -Icodecs/native -Ikvstore/native
 //       tests/fuzz/ladder_fuzz.cpp codecs/native/ladder_{avx512,decode,encode,loops,output}.cpp
-//       codecs/native/r32_{decode,encode,pack,dispatch,scalar,avx2,avx512,avx512_digits}.cpp -lpthread -o ladder_fuzz
+//       codecs/native/r32_{decode,encode,pack,dispatch,scalar,avx2,avx512,avx512_digits,neon}.cpp -lpthread -o ladder_fuzz
 //   ./ladder_fuzz CASES [SEED]
 //
 // A case is a layer group of a few small blocks, encoded, perhaps damaged, and decoded from some levels by every instruction set of
@@ -29,7 +29,7 @@ using kvstore::Strided;
 namespace {
 
 using Random = std::mt19937_64;
-constexpr const char* kIsas[] = {"scalar", "avx2", "avx512"};
+constexpr const char* kIsas[] = {"scalar", "avx2", "avx512", "neon"};
 constexpr size_t kTableSets = 8;
 
 size_t below(Random& random, size_t bound) { return bound ? random() % bound : 0; }

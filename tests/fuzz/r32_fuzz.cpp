@@ -1,7 +1,7 @@
 // Feeds R32's C++ decoders random and damaged streams, in buffers that end where AddressSanitizer notices one byte more.
 //
 //   g++ -std=c++17 -O2 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Icodecs/native tests/fuzz/r32_fuzz.cpp
-//       codecs/native/r32_{decode,encode,pack,dispatch,scalar,avx2,avx512,avx512_digits}.cpp -lpthread -o r32_fuzz
+//       codecs/native/r32_{decode,encode,pack,dispatch,scalar,avx2,avx512,avx512_digits,neon}.cpp -lpthread -o r32_fuzz
 //   ./r32_fuzz CASES [SEED]
 //
 // A case is a batch of tiles, encoded, perhaps damaged, and decoded by every instruction set of this processor. All must
@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <random>
 #include <vector>
@@ -22,7 +23,7 @@ namespace r32 = kvstore::r32;
 namespace {
 
 using Random = std::mt19937_64;
-constexpr const char* kIsas[] = {"scalar", "avx2", "avx512"};
+constexpr const char* kIsas[] = {"scalar", "avx2", "avx512", "neon"};
 
 size_t below(Random& random, size_t bound) { return bound ? random() % bound : 0; }
 
@@ -79,7 +80,7 @@ Case random_case(Random& random) {
         }
     }
     out.stream.resize(room);
-    r32::use_isa(kIsas[below(random, 3)]);
+    r32::use_isa(kIsas[below(random, std::size(kIsas))]);
     const size_t used = r32::encode(out.batch, out.tables.encode.data(), out.symbols.data(), out.stream.data(), out.lengths.data(), 1 + below(random, 2));
     if (used == SIZE_MAX) std::abort();
     out.stream.resize(used);

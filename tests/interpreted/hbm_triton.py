@@ -1,4 +1,4 @@
-"""Gather and scatter of blocks in Triton, run by its interpreter on the CPU. Run by tests/test_hbm_triton.py."""
+"""Gather and scatter of blocks in Triton, run by its interpreter on the CPU. Run by tests/test_interpreted.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ladder decoded into tensors by Triton's interpreter, on the CPU, against the host; see test_ladder_device.py."""
+"""The ladder decoded into tensors by Triton's interpreter, on the CPU, against the host; see test_interpreted.py."""
 
 from __future__ import annotations
 

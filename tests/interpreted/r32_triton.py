@@ -1,4 +1,4 @@
-"""R32 in Triton, run by its interpreter on the CPU, against the reference. Run by tests/test_r32_triton.py."""
+"""R32 in Triton, run by its interpreter on the CPU, against the reference. Run by tests/test_interpreted.py."""
 
 from __future__ import annotations
 
