@@ -159,7 +159,7 @@ ROWS = (
     ),
     Row(
         "the clock on the wall is set",
-        "nothing: every deadline, lease and pin goes by the monotonic clock; only how long a volume was closed does not",
+        "nothing: every deadline, lease and pin goes by the monotonic clock; how long a volume was closed does not",
         "nothing; of a volume closed meanwhile, chunks with a `ttl` that count as older than they are",
         "test_chaos_events.py::test_no_wait_and_no_expiry_looks_at_the_clock_on_the_wall",
     ),
