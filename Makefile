@@ -1,4 +1,4 @@
-# The only verbs: demo, test, lint, check, bench, gpu-check, chaos, simulate, soak, test-vllm, test-lmcache, clean.
+# The only verbs: demo, test, lint, check, bench, gpu-check, chaos, simulate, soak, test-vllm, test-lmcache, test-sglang, clean.
 # Everything they need is installed into .venv first.
 
 PYTHON ?= python3
@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 # Waiting OpenMP threads that spin cost minutes on busy cores.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test lint check bench gpu-check chaos simulate soak test-vllm test-lmcache clean install
+.PHONY: demo test lint check bench gpu-check chaos simulate soak test-vllm test-lmcache test-sglang clean install
 .DEFAULT_GOAL := check
 
 install: $(STAMP)
@@ -49,9 +49,10 @@ bench: $(STAMP)
 gpu-check: $(STAMP)
 	$(BIN)/python -m kvstore.bench.gpu_check
 
-# Two hundred rounds of kill -9 against the nvme tier and the daemon, and the other events of docs/kill_matrix.md.
+# Two hundred rounds of kill -9 against the nvme tier, of one volume and of three, and the daemon, and the other events of docs/kill_matrix.md.
 chaos: $(STAMP)
 	$(BIN)/python tests/chaos/kill_nvme.py --rounds 200
+	$(BIN)/python tests/chaos/kill_nvme.py --rounds 200 --volumes 3
 	$(BIN)/python tests/chaos/kill_daemon.py --rounds 200
 	$(BIN)/python -m pytest tests/test_chaos_events.py tests/test_limits_reached.py
 
@@ -71,5 +72,9 @@ test-vllm: $(STAMP)
 test-lmcache: $(STAMP)
 	$(BIN)/python tests/lmcache/run.py $(ARGS)
 
+# With the classes of SGLang that hold and move host memory, out of its wheel, which is fetched once (250 MB unpacked).
+test-sglang: $(STAMP)
+	$(BIN)/python tests/sglang/run.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-lmcache build dist *.egg-info kvstore/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm .venv-lmcache .venv-sglang build dist *.egg-info kvstore/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,10 +14,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvstore.bench import codec_plot, environment
+from kvstore.bench import blend_plot, codec_plot, environment
 from kvstore.errors import KVStoreError
 
 SUITES: dict[str, tuple[tuple[str, ...], str]] = {
+    "blend": (
+        ("kvstore.bench.blend_exact", "kvstore.bench.blend_quality"),
+        "blended prefill against full prefill and plain concatenation, every policy (needs the torch extra, and the "
+        "trained test models of the repository)",
+    ),
     "tiers": (
         (
             "kvstore.bench.tiers_dram",
@@ -37,9 +42,10 @@ SUITES: dict[str, tuple[tuple[str, ...], str]] = {
             "kvstore.bench.engine_plan",
             "kvstore.bench.engine_movement",
             "kvstore.bench.engine_promotion",
+            "kvstore.bench.engine_spans",
         ),
         "the index of 10^4 to 10^6 chunks; load or recompute: the controller on simulated links against an oracle; "
-        "parking and resuming contexts; what memory should keep",
+        "parking and resuming contexts; what memory should keep; plans of prompts with known documents",
     ),
     "peers": (
         ("kvstore.bench.peers_lmcache",),
@@ -56,6 +62,8 @@ SUITES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
 }
 """Suite -> modules with `measure(directory, quick) -> {metric: number}`, and what it measures."""
+
+PLOTS = {"codec": codec_plot.draw, "blend": blend_plot.draw}
 
 ENGINES = {"transformers": ("kvstore.bench.ttft",), "vllm": ("kvstore.bench.ttft_vllm",)}
 """What the suite ttft measures with each engine."""
@@ -86,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
         "--plot",
         metavar="FILE",
         type=Path,
-        help="suite codec: draw bits against error to this .svg or .png (bench extra)",
+        help="draw to this .svg or .png (bench extra); codec: bits against error; blend: quality over the ratio",
     )
     parser.add_argument(
         "--trace", metavar="FILE", type=Path, help="suite replay: JSON lines with timestamp, input_length, hash_ids, …"
@@ -101,18 +109,20 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--trace is for the suite replay")
     options = {"trace": arguments.trace} if arguments.trace else {}
     if arguments.plot:
-        if arguments.suite != "codec":
-            parser.error("--plot is for the suite codec")
+        if arguments.suite not in PLOTS:
+            parser.error(f"--plot is for the suites {' and '.join(PLOTS)}")
         codec_plot.check(arguments.plot)
     modules = ENGINES[arguments.engine] if arguments.engine else SUITES[arguments.suite][0]
     metrics: dict[str, float] = {}
+    if arguments.dir and not Path(arguments.dir).is_dir():
+        parser.error(f"--dir: there is no directory {arguments.dir}")
     # Not the system's temporary directory: that is often memory, and this measures a disk.
     with tempfile.TemporaryDirectory(prefix=".kvstore-bench-", dir=arguments.dir or ".") as directory:
         for name in modules:
             module = importlib.import_module(name)
             metrics |= module.measure(Path(directory).resolve(), arguments.quick, **options)
     if arguments.plot:
-        codec_plot.draw(metrics, arguments.plot)
+        PLOTS[arguments.suite](metrics, arguments.plot)
     report = {"environment": environment.describe(), "metrics": dict(sorted(metrics.items()))}
     if arguments.json == "-":
         json.dump(report, sys.stdout, indent=2)

@@ -1,7 +1,8 @@
 """The index of a large nvme tier: how long it takes to open, how much memory a chunk costs, how fast a lookup is.
 
 For each size a volume is made whose catalog names that many chunks, in chains of 1,000, and opened in a process of its
-own, as at the start of a daemon; the files are in the page cache then. Nothing of the chunks' bytes is written.
+own, as at the start of a daemon; the files are in the page cache then. Nothing of the chunks' bytes is written. Plain
+names are of the index alone (policy `lru`), those with `adaptive` of a tier with that policy, the default of a daemon.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from kvstore.store import Store
 from kvstore.tier import IO_ALIGN
 from kvstore.tiers.catalog import Catalog
 from kvstore.tiers.dram import DramTier
+from kvstore.tiers.eviction_order import NATIVE
 from kvstore.tiers.index import ChunkEntry
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.records import pack_record
@@ -35,6 +37,8 @@ CHAIN_CHUNKS = 1_000
 LOOKUPS = 301
 STARTS = 3
 SECONDS_MAX = 300.0
+POLICIES = {NATIVE: "", "adaptive": "adaptive_"}
+"""Policy -> what marks its metrics."""
 
 
 class Measured(msgspec.Struct):
@@ -58,13 +62,13 @@ def measure(directory: Path, quick: bool = False) -> dict[str, float]:
             break
         path = directory / f"index-{count}"
         fill(path, count, capacity_bytes)
-        found = [_open_elsewhere(path, count, capacity_bytes) for _ in range(STARTS)]
+        for policy, mark in POLICIES.items():
+            found = [_open_elsewhere(path, count, capacity_bytes, policy) for _ in range(STARTS)]
+            for name in Measured.__struct_fields__:
+                value = statistics.median(getattr(measured, name) for measured in found)
+                metric = f"engine.{mark}{name.replace('lookup', 'lookup1000')}"
+                metrics[f"{metric}_{count // 1000}k"] = metrics[metric] = value
         shutil.rmtree(path)
-        suffix = f"{count // 1000}k"
-        for name in Measured.__struct_fields__:
-            value = statistics.median(getattr(measured, name) for measured in found)
-            metric = f"engine.{name.replace('lookup', 'lookup1000')}"
-            metrics[f"{metric}_{suffix}"] = metrics[metric] = value
     return metrics
 
 
@@ -93,17 +97,17 @@ def _rows(count: int) -> Iterator[tuple[bytes, bytes]]:
         parent = key
 
 
-def _open_elsewhere(path: Path, count: int, capacity_bytes: int) -> Measured:
-    command = [sys.executable, "-m", "kvstore.bench.engine_index", str(path), str(count), str(capacity_bytes)]
+def _open_elsewhere(path: Path, count: int, capacity_bytes: int, policy: str) -> Measured:
+    command = [sys.executable, "-m", "kvstore.bench.engine_index", str(path), str(count), str(capacity_bytes), policy]
     done = subprocess.run(command, capture_output=True, timeout=SECONDS_MAX, check=True)
     return msgspec.json.decode(done.stdout, type=Measured)
 
 
-def open_here(path: Path, count: int, capacity_bytes: int) -> Measured:
+def open_here(path: Path, count: int, capacity_bytes: int, policy: str = NATIVE) -> Measured:
     """Open the volume in this process and look chains up."""
     own_before = _own_bytes()
     start = time.perf_counter()
-    tier = NvmeTier(path, capacity_bytes)
+    tier = NvmeTier(path, capacity_bytes, policy=policy)
     start_seconds = time.perf_counter() - start
     own_bytes = _own_bytes() - own_before
     store = Store([DramTier(64 << 20), tier])
@@ -128,4 +132,6 @@ def _own_bytes() -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.buffer.write(msgspec.json.encode(open_here(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))
+    sys.stdout.buffer.write(
+        msgspec.json.encode(open_here(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]))
+    )

@@ -23,12 +23,13 @@ from kvstore.bench.replay import Chain, chains
 from kvstore.bench.replay_trace import synthetic
 from kvstore.bench.tiers_nvme import fill_container
 from kvstore.bench.timing import paired
+from kvstore.buffers import aligned_buffer
 from kvstore.keys import ROOT
 from kvstore.loan import Loan, TransientPool
 from kvstore.shedding import Demotion, WaitingList
 from kvstore.store import Store
 from kvstore.tier import IO_ALIGN, PutItem, ReadItem
-from kvstore.tiers.directio import THREADS_DEFAULT, aligned_buffer
+from kvstore.tiers.directio import THREADS_DEFAULT
 from kvstore.tiers.dram import DramTier
 from kvstore.tiers.nvme import NvmeTier
 

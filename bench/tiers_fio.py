@@ -2,6 +2,8 @@
 
 fio moves blocks of the chunk's size with as many jobs as the tier has threads, O_DIRECT, positions at random, and
 flushes once at the end; the tier reads and puts batches of BATCH_BYTES, and every put is durable when it is answered.
+Both have their memory in transparent huge pages, which alone can double what a disk gives (docs/nvme.md); fio as it
+comes, in ordinary pages, is `*_fio_base_pages`.
 Without fio on the path there is nothing to compare with, which is said, and the metrics are left out.
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import shutil
 import statistics
@@ -19,8 +22,9 @@ from pathlib import Path
 
 from kvstore.bench.tiers_nvme import fill_container
 from kvstore.bench.timing import seconds
+from kvstore.buffers import aligned_buffer
 from kvstore.tier import IO_ALIGN, PutItem, ReadItem
-from kvstore.tiers.directio import THREADS_DEFAULT, aligned_buffer
+from kvstore.tiers.directio import THREADS_DEFAULT
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.volume import JOURNAL_PAGES_MAX
 
@@ -85,14 +89,16 @@ def _measure_size(directory: Path, fio: str, nbytes: int, span_bytes: int, round
         write()
         _fio_gbps(fio, directory, "write", nbytes, span_bytes)  # the first write to a place is slower
         for verb, ours in (("write", write), ("read", read)):
-            our_gbps, fio_gbps = [], []
+            our_gbps, fio_gbps, base_pages_gbps = [], [], []
             for _ in range(rounds):
                 fio_gbps.append(_fio_gbps(fio, directory, verb, nbytes, span_bytes))
                 our_gbps.append(moved_bytes / seconds(ours) / 1e9)
+                base_pages_gbps.append(_fio_gbps(fio, directory, verb, nbytes, span_bytes, huge_pages=False))
             ratios = [one / other for one, other in zip(our_gbps, fio_gbps, strict=True)]
             metrics[f"tiers.nvme.{verb}_vs_fio_{suffix}"] = statistics.median(ratios)
             metrics[f"tiers.nvme.{verb}_random_{suffix}_gbps"] = statistics.median(our_gbps)
             metrics[f"tiers.nvme.{verb}_fio_{suffix}_gbps"] = statistics.median(fio_gbps)
+            metrics[f"tiers.nvme.{verb}_fio_base_pages_{suffix}_gbps"] = statistics.median(base_pages_gbps)
     finally:
         tier.close()
         (directory / "fio-file").unlink(missing_ok=True)
@@ -100,7 +106,7 @@ def _measure_size(directory: Path, fio: str, nbytes: int, span_bytes: int, round
     return metrics
 
 
-def _fio_gbps(fio: str, directory: Path, verb: str, nbytes: int, span_bytes: int) -> float:
+def _fio_gbps(fio: str, directory: Path, verb: str, nbytes: int, span_bytes: int, *, huge_pages: bool = True) -> float:
     """GB/s of one run of fio over the whole span: THREADS_DEFAULT jobs, one block each in flight."""
     per_job_bytes = span_bytes // THREADS_DEFAULT // nbytes * nbytes
     command = [
@@ -109,7 +115,8 @@ def _fio_gbps(fio: str, directory: Path, verb: str, nbytes: int, span_bytes: int
         "--thread", "--direct=1", "--ioengine=psync", "--group_reporting", "--output-format=json", "--end_fsync=1",
         "--fallocate=posix", "--randrepeat=1",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_MAX, check=True)
+    environment = os.environ | ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if huge_pages else {})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_MAX, check=True, env=environment)
     return float(json.loads(done.stdout)["jobs"][0][verb]["bw_bytes"]) / 1e9
 
 

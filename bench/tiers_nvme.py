@@ -21,10 +21,11 @@ from pathlib import Path
 
 from kvstore import kernels
 from kvstore.bench.timing import paired
+from kvstore.buffers import aligned_buffer
 from kvstore.container import PART_KV, ChunkMeta, ContainerWriter
 from kvstore.testing.chunks import sample_spec
 from kvstore.tier import IO_ALIGN, PutItem, ReadItem
-from kvstore.tiers.directio import THREADS_DEFAULT, aligned_buffer
+from kvstore.tiers.directio import THREADS_DEFAULT
 from kvstore.tiers.nvme import NvmeTier
 
 MIB = 1 << 20

@@ -85,6 +85,11 @@ def attention_factor(rope: Rope) -> float:
     return given if given is not None else 0.1 * math.log(max(1.0, rope.params.get("factor", 1.0))) + 1.0
 
 
+def inverse_frequencies(rope: Rope) -> Float32 | None:
+    """Radians a position of every pair, (dims / 2,) fp32; None if the rope's kind or its parameters give none."""
+    return _inverse_frequencies(_key(rope))
+
+
 def _key(rope: Rope) -> tuple[str, float, int, tuple[tuple[str, float], ...]]:
     return rope.kind, rope.theta, rope.dims, tuple(sorted(rope.params.items()))
 

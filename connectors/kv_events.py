@@ -18,7 +18,9 @@ import msgspec
 
 from kvstore.errors import ServiceError
 from kvstore.events import Event
+from kvstore.hash_index import block_hash
 from kvstore.keys import ROOT
+from kvstore.sidecar import sidecar_key
 
 BLOCKS_MAX = 256
 """Blocks of one event."""
@@ -92,19 +94,17 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_AnyBatch)
 
 
-def block_hash(key: bytes) -> int:
-    """The integer that stands for a chunk key: its last 8 bytes, most significant first."""
-    return int.from_bytes(key[-8:], "big")
-
-
 def block_events(events: Sequence[Event]) -> list[BlockEvent]:
     """A store's events as blocks: neighbours of one chain, or of one removal, become one event.
 
-    After a `lost` marker nobody can tell what is stored, so everything is cleared.
+    After a `lost` marker nobody can tell what is stored, so everything is cleared. Side-cars are no blocks; that one
+    was removed is told, for a removal does not say of what, and listeners pass over hashes that they do not know.
     """
     made: list[BlockEvent] = []
     run: list[Event] = []
     for event in events:
+        if _is_sidecar(event):
+            continue
         if run and not (len(run) < BLOCKS_MAX and _continues(run[-1], event)):
             made.append(_block_event(run))
             run = []
@@ -140,6 +140,11 @@ def _event(given: dict[str, Any] | list[Any]) -> BlockEvent:
         given = {"type": kind, **dict(zip(_IN_ARRAYS.get(kind, ()), given[1:], strict=False))}
     event: BlockEvent = msgspec.convert({**_UNSAID, **given}, BlockEvent)
     return event
+
+
+def _is_sidecar(event: Event) -> bool:
+    """Whether what was stored only describes the chunk that it names as its parent."""
+    return event.tokens == 1 and event.parent not in (None, ROOT) and event.key == sidecar_key(event.parent)
 
 
 def _continues(before: Event, event: Event) -> bool:

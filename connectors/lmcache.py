@@ -26,7 +26,7 @@ from lmcache.lmcache_native import Bitmap  # type: ignore[import-not-found]
 from lmcache.v1.distributed.internal_api import L2StoreResult  # type: ignore[import-not-found]
 from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface  # type: ignore[import-not-found]
 
-from kvstore.connectors.lmcache_lane import Lane
+from kvstore.connectors.lanes import Lane
 from kvstore.connectors.lmcache_objects import LMCacheObject, geometry_of
 from kvstore.connectors.lmcache_settings import LMCacheSettings
 from kvstore.outcome import Miss, PutStatus, Reason
@@ -58,9 +58,9 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         super().__init__(max_capacity_bytes=int(self.settings.max_capacity_gb * (1 << 30)))
         self._objects = self.settings.open()
         threads = self.settings.threads
-        self._stores: Lane[PutStatus, Any] = Lane("store", threads, _NOT_STORED)
-        self._lookups: Lane[bool, Any] = Lane("lookup", 1, False)
-        self._loads: Lane[Miss | None, Any] = Lane("load", threads, _NOT_LOADED)
+        self._stores: Lane[PutStatus, Any] = Lane("lmcache-store", threads, _NOT_STORED)
+        self._lookups: Lane[bool, Any] = Lane("lmcache-lookup", 1, False)
+        self._loads: Lane[Miss | None, Any] = Lane("lmcache-load", threads, _NOT_LOADED)
         self._tasks = itertools.count()
         self._lock = threading.Lock()
         self._locks: dict[str, int] = {}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from kvstore.connectors.lmcache_lane import Job, Lane
+from kvstore.connectors.lanes import Job, Lane
 from kvstore.connectors.lmcache_objects import LMCacheObject
 from kvstore.connectors.lmcache_settings import LMCacheSettings
 
@@ -40,7 +40,7 @@ class KVStoreNativeConnector:
     def __init__(self, **params: Any) -> None:
         self.settings = LMCacheSettings.of({**params, "namespace": _BYTES + str(params.get("namespace", ""))})
         self._objects = self.settings.open()
-        self._lane: Lane[bool, Completion] = Lane("native", self.settings.threads, False)
+        self._lane: Lane[bool, Completion] = Lane("lmcache-native", self.settings.threads, False)
         self._tasks = itertools.count(1)
 
     def event_fd(self) -> int:

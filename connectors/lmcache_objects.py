@@ -27,7 +27,7 @@ from kvstore.chunk import check_coverage, encode_chunk, encoded_bytes_max
 from kvstore.client import Client, Part, PutChunk
 from kvstore.codec import Codec
 from kvstore.codecs import registry
-from kvstore.connectors.objects import fetch_objects
+from kvstore.connectors.objects import fetch_objects, put_objects
 from kvstore.container import (
     FLAG_FROM_LOSSY,
     PART_KV,
@@ -45,10 +45,6 @@ from kvstore.spec import ITEMSIZE, DType, KVArrays, KVSpec, Rope, fingerprint
 OPAQUE = "opaque"
 """Codec id of a container whose one segment is bytes of unknown meaning."""
 
-FRUITLESS_PUTS_MAX = 2
-"""Puts in a row that found no room for anything, after which the rest is refused: others use the memory."""
-
-_ROOM_LATER = (Reason.FULL, Reason.BUSY)
 _NO_KV = KVSpec(layers=1, kv_heads=1, key_dim=1, value_dim=1, dtype="float32", rope=Rope(kind="none"))
 _DOMAIN = b"kvstore-lmcache-1\0"
 _DTYPES: dict[str, DType] = {
@@ -140,20 +136,13 @@ class LMCacheObjects:
 
         What finds memory full is put again once what was put before has gone down, for as long as that helps.
         """
-        statuses = [PutStatus(stored=False, reason=Reason.DEADLINE, detail="not begun by the deadline")] * len(objects)
-        waiting = list(range(len(objects)))
-        fruitless = 0
-        while waiting and fruitless <= FRUITLESS_PUTS_MAX and (remaining_ms := _milliseconds_until(deadline)) > 0:
-            puts = [self._put(objects[index]) for index in waiting]
-            answers = self.client.put(puts, durable=self.durable, deadline_ms=remaining_ms)
-            for index, status in zip(waiting, answers, strict=True):
-                statuses[index] = status
-            refused = [index for index in waiting if statuses[index].reason in _ROOM_LATER]
-            fruitless = fruitless + 1 if len(refused) == len(waiting) else 0
-            waiting = refused
-            if waiting and not self.client.flush(deadline_ms=max(0.0, _milliseconds_until(deadline))):
-                break
-        return statuses
+        return put_objects(
+            self.client,
+            len(objects),
+            lambda index: self._put(objects[index]),
+            durable=self.durable,
+            deadline=deadline,
+        )
 
     def load(self, objects: Sequence[LMCacheObject], *, deadline: float) -> list[Miss | None]:
         """Fill the views of objects, every byte verified; None for those that are whole, else the reason.

@@ -1,14 +1,49 @@
-"""Fetching objects that an engine names, not tokens: each is whole in its place, or missed for a reason."""
+"""Objects that an engine names, not tokens, to a store and back: each is whole in its place, or not for a reason."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
 
-from kvstore.client import Client, Part
+from kvstore.client import Client, Part, PutChunk
 from kvstore.errors import ContainerError
-from kvstore.outcome import Miss, Reason
+from kvstore.outcome import Miss, PutStatus, Reason
+
+FRUITLESS_PUTS_MAX = 2
+"""Puts in a row that found no room for anything, after which the rest is refused: others use the memory."""
+
+_ROOM_LATER = (Reason.FULL, Reason.OVER_QUOTA, Reason.BUSY)
+
+
+def put_objects(
+    client: Client, count: int, chunk: Callable[[int], PutChunk], *, durable: bool, deadline: float
+) -> list[PutStatus]:
+    """Put `count` objects; one status each. `deadline` is in time.monotonic seconds.
+
+    What finds memory full is put again once what was put before has gone down, for as long as that helps.
+
+    Args:
+        client: the store.
+        count: how many objects there are.
+        chunk: the chunk of an object, by its index; asked for again where a put is repeated.
+        durable: whether an object is stored only once it would survive kill -9.
+        deadline: what is not stored by then is not stored.
+    """
+    statuses = [PutStatus(stored=False, reason=Reason.DEADLINE, detail="not begun by the deadline")] * count
+    waiting = list(range(count))
+    fruitless = 0
+    while waiting and fruitless <= FRUITLESS_PUTS_MAX and (remaining_ms := _milliseconds_until(deadline)) > 0:
+        answers = client.put([chunk(index) for index in waiting], durable=durable, deadline_ms=remaining_ms)
+        for index, status in zip(waiting, answers, strict=True):
+            statuses[index] = status
+        refused = [index for index in waiting if statuses[index].reason in _ROOM_LATER]
+        fruitless = fruitless + 1 if len(refused) == len(waiting) else 0
+        waiting = refused
+        if waiting and not client.flush(deadline_ms=max(0.0, _milliseconds_until(deadline))):
+            break
+    return statuses
 
 
 def fetch_objects(
@@ -40,3 +75,7 @@ def fetch_objects(
     if unusable:
         client.delete(unusable)
     return misses
+
+
+def _milliseconds_until(deadline: float) -> float:
+    return (deadline - time.monotonic()) * 1e3

@@ -5,6 +5,7 @@ Knows KV only as bits in NumPy arrays and never raises because of the store.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -146,14 +147,24 @@ class PrefixStore:
             load_ms=(time.perf_counter() - looked_up) * 1e3,
         )
 
-    def fetch(self, keys: Sequence[bytes], first: int, memory: KVMemory) -> Loaded:
-        """Load chunks that a lookup has found into `memory`; the first of them is chunk `first` of its prompt.
+    def fetch(
+        self,
+        keys: Sequence[bytes],
+        first: int,
+        memory: KVMemory,
+        *,
+        found: Lookup,
+        savings_ms: Sequence[float] | None = None,
+        deadline_ms: float = math.inf,
+    ) -> Loaded:
+        """Load chunks that a lookup has `found` into `memory`; the first of them is chunk `first` of its prompt.
 
-        `chunks` counts from there, and so do the positions of `misses`.
+        `chunks` counts from there, and so do the positions of `misses`. With `savings_ms`, what each chunk saves the
+        engine, loading ends when computing the rest is quicker; without, at the deadline.
         """
         started = time.perf_counter()
-        candidates = [Candidate("", (self._chunk_bytes_max,))] * len(keys)
-        control = LoadControl(self.costs, candidates, None, deadline_ms=self.load_deadline_ms)
+        deadline_ms = min(deadline_ms, self.load_deadline_ms)
+        control = LoadControl(self.costs, self._candidates(found), savings_ms, deadline_ms=deadline_ms)
         nbytes, stop = self._fetch(keys, memory, control, first)
         misses = {} if stop is None else _misses(control.loaded, len(keys), stop)
         load_ms = (time.perf_counter() - started) * 1e3

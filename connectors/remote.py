@@ -15,17 +15,19 @@ from typing import Any
 import msgspec
 
 from kvstore.arguments import check_fetch, check_keys, check_owner, check_pin, check_place, deadline_at
-from kvstore.client import ChunkInfo, Client, Order, Part, PutChunk
+from kvstore.client import PLAN_DEFAULT, ChunkInfo, Client, Order, Part, PutChunk
 from kvstore.connectors.remote_events import RemoteEvents
 from kvstore.connectors.remote_http import Connection, UnreachableError, unreachable
 from kvstore.connectors.remote_link import CONTROL_SECONDS, GRACE_SECONDS, Link, counted, decode
 from kvstore.connectors.remote_put import RemotePut
 from kvstore.connectors.remote_session import ClientSession
 from kvstore.connectors.remote_stream import FrameSource, PartReader
-from kvstore.errors import ServiceError
+from kvstore.errors import ConfigError, ServiceError
 from kvstore.events import EventFilter, EventStream
 from kvstore.explaining import Explanation
+from kvstore.keys import KeyScheme, Tokens, token_array
 from kvstore.outcome import Lookup, Miss, PutStatus, Reason
+from kvstore.plan_protocol import PlanReply, parse_plan, plan_request
 from kvstore.protocol import (
     ExplainReply,
     FetchRequest,
@@ -44,6 +46,8 @@ from kvstore.protocol import (
     VerifyReply,
     VerifyRequest,
 )
+from kvstore.span_plan import PlanOptions, SpanPlan
+from kvstore.span_planning import recompute_all
 from kvstore.verifying import STEP_BYTES_DEFAULT
 
 VERIFY_SECONDS = 60.0
@@ -129,6 +133,18 @@ class RemoteClient(Client):
             Explanation(**{**msgspec.structs.asdict(entry), "key": key})
             for key, entry in zip(keys, entries, strict=True)
         ]
+
+    def plan(self, tokens: Tokens, keys: KeyScheme, options: PlanOptions = PLAN_DEFAULT) -> SpanPlan:
+        """What to do about each token of a prompt."""
+        ids = token_array(tokens)
+        options.check(len(ids))
+        try:
+            reply = self._link.ask("plan", plan_request(ids, keys, options), PlanReply)
+            return parse_plan(reply, len(ids))
+        except UnreachableError as error:
+            return recompute_all(len(ids), error.miss, options)
+        except ConfigError as error:
+            return recompute_all(len(ids), Miss(Reason.UNAVAILABLE, f"the daemon's plan is none: {error}"), options)
 
     def prefetch(
         self, keys: Sequence[bytes], *, priority: int = 0, deadline_ms: float | None = None

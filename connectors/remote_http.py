@@ -18,6 +18,7 @@ import msgspec
 from kvstore.config import unknown_name
 from kvstore.errors import ConfigError
 from kvstore.outcome import Miss, Reason
+from kvstore.tenants import TENANT_HEADER, check_tenant_name
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -42,7 +43,7 @@ class UnreachableError(Exception):
 
 
 class Address(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a daemon is. `socket_path` is set for UNIX sockets, `host` and `port` otherwise."""
+    """Where a daemon is. `socket_path` is set for UNIX sockets, `host` and `port` otherwise. `tenant` is who asks."""
 
     url: str
     socket_path: str = ""
@@ -50,6 +51,7 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 0
     tls: bool = False
     shared_memory: bool = False
+    tenant: str = ""
 
     def connect(self, timeout_seconds: float) -> socket.socket:
         """A connected socket. Raises OSError."""
@@ -70,17 +72,20 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
 def parse_url(url: str) -> Address:
     """The address in a `unix:`, `http:` or `https:` URL. Raises ConfigError naming the part that is wrong."""
     parts = urlsplit(url)
-    transport = ""
+    query = {"transport": "", "tenant": ""}
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
-        if name != "transport":
-            raise unknown_name("URL parameter", name, ["transport"])
-        transport = value
+        if name not in query:
+            raise unknown_name("URL parameter", name, query)
+        query[name] = value
+    transport, tenant = query["transport"], query["tenant"]
+    if tenant:
+        check_tenant_name(tenant)
     if transport not in ("", "shm", "bytes"):
         raise ConfigError(f"transport in {url!r} is {transport!r}; use shm or bytes")
     if parts.scheme == "unix":
         if parts.netloc or not parts.path:
             raise ConfigError(f"{url!r} names no socket; write unix:/path/to/kvstore.sock")
-        return Address(url=url, socket_path=parts.path, shared_memory=transport != "bytes")
+        return Address(url=url, socket_path=parts.path, shared_memory=transport != "bytes", tenant=tenant)
     try:
         port = parts.port
     except ValueError as error:
@@ -90,7 +95,7 @@ def parse_url(url: str) -> Address:
     if parts.path not in ("", "/") or transport == "shm":
         raise ConfigError(f"{url!r}: a path or transport=shm does not belong in an {parts.scheme} URL")
     tls = parts.scheme == "https"
-    return Address(url=url, host=parts.hostname, port=port or (443 if tls else 8650), tls=tls)
+    return Address(url=url, host=parts.hostname, port=port or (443 if tls else 8650), tls=tls, tenant=tenant)
 
 
 class DeadlineSocket:
@@ -185,6 +190,8 @@ class Pool:
     def __init__(self, address: Address, token: str | None) -> None:
         self.address = address
         self._headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
+        if address.tenant:
+            self._headers[TENANT_HEADER] = address.tenant
         self._lock = threading.Lock()
         self._idle: list[Connection] = []
         self._slots = threading.BoundedSemaphore(CONNECTIONS_MAX)

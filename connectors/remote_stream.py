@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import math
-import mmap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import msgspec
 
 from kvstore import container
+from kvstore.buffers import aligned_buffer
 from kvstore.client import Part
 from kvstore.codec import LayerSegments
 from kvstore.connectors.remote_session import ClientSession
@@ -41,7 +41,7 @@ class Buffers:
             for index, buffer in enumerate(self._free):
                 if len(buffer) >= nbytes:
                     return self._free.pop(index)
-        return memoryview(mmap.mmap(-1, max(1, nbytes)))
+        return aligned_buffer(max(1, nbytes))
 
     def give(self, buffer: memoryview) -> None:
         """Give memory back; the caller uses no view of it any more."""

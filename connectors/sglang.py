@@ -27,7 +27,8 @@ from sglang.srt.mem_cache.hicache_storage import HiCacheStorage  # type: ignore[
 
 from kvstore.config import unknown_name
 from kvstore.connect import connect
-from kvstore.connectors.sglang_pages import Page, SGLangPages
+from kvstore.connectors.pages import Page
+from kvstore.connectors.sglang_pages import SGLangPages
 from kvstore.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -106,6 +107,8 @@ class KVStoreHiCache(HiCacheStorage):  # type: ignore[misc]
             "layout": str(pool.layout),
             "dtype": str(pool.dtype),
             "page_tokens": int(pool.page_size),
+            # In place and as a tensor, some layouts put the same K and V into another order.
+            "interface": "v1" if (config.extra_config or {}).get("interface_v1") else "v0",
         }
         self._pages = SGLangPages(self._client, identity, durable=self.settings.durable)
 

@@ -1,56 +1,14 @@
-"""Pages of SGLang's host cache in a store: names, containers, and the blocking verbs that the backend is made of.
-
-SGLang names a page by a hash of the tokens up to its end, and keeps it as one or more spans of memory. Here the name,
-and everything else that decides the bytes, become a chunk key, and the spans one segment of codec id `opaque`.
-
-Imports nothing of SGLang.
-"""
+"""Pages of SGLang's host cache in a store. Imports nothing of SGLang."""
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Sequence
+from kvstore.client import Client
+from kvstore.connectors.pages import OpaquePages
 
-import msgspec
-import numpy as np
-
-from kvstore import kernels
-from kvstore.client import Client, Part, PutChunk
-from kvstore.connectors.lmcache_objects import OPAQUE
-from kvstore.connectors.objects import fetch_objects
-from kvstore.container import (
-    PART_KV,
-    ChunkMeta,
-    ContainerWriter,
-    container_bytes_max,
-    expect,
-    segment_label,
-)
-from kvstore.errors import ContainerError
-from kvstore.keys import encode_extras
-from kvstore.outcome import Miss, PutStatus, Reason
-from kvstore.spec import Bits, KVSpec, Rope, fingerprint
-
-_NO_KV = KVSpec(layers=1, kv_heads=1, key_dim=1, value_dim=1, dtype="float32", rope=Rope(kind="none"))
 _DOMAIN = b"kvstore-sglang-1\0"
 
-Spans = tuple[memoryview, ...]
 
-
-class Page(msgspec.Struct, frozen=True):
-    """One page: SGLang's name of it, and its bytes where they lie in SGLang's memory, span after span."""
-
-    name: str
-    spans: Spans
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all spans."""
-        return sum(len(span) for span in self.spans)
-
-
-class SGLangPages:
+class SGLangPages(OpaquePages):
     """Pages in the store behind `client`. Safe to use from many threads.
 
     Args:
@@ -60,64 +18,4 @@ class SGLangPages:
     """
 
     def __init__(self, client: Client, identity: dict[str, str | bytes | int], *, durable: bool = False) -> None:
-        self.client = client
-        self.durable = durable
-        self._identity = hashlib.sha256(_DOMAIN + encode_extras(identity)).digest()
-
-    def key(self, name: str) -> bytes:
-        """The chunk key of a page."""
-        return hashlib.sha256(_DOMAIN + self._identity + name.encode()).digest()
-
-    def store(self, pages: Sequence[Page], *, deadline_ms: float) -> list[PutStatus]:
-        """Put pages; one status each."""
-        return self.client.put([self._put(page) for page in pages], durable=self.durable, deadline_ms=deadline_ms)
-
-    def load(self, pages: Sequence[Page], *, deadline_ms: float) -> list[Miss | None]:
-        """Fill the spans of pages, every byte verified; None for those that are whole, else the reason.
-
-        Spans whose page missed hold unspecified bytes. A page that cannot be served is deleted.
-        """
-        keys = [self.key(page.name) for page in pages]
-        return fetch_objects(
-            self.client, keys, lambda index, part: self._read(part, pages[index]), deadline_ms=deadline_ms
-        )
-
-    def leading(self, names: Sequence[str]) -> int:
-        """How many pages from the first one on are there."""
-        infos = self.client.head([self.key(name) for name in names])
-        return next((index for index, info in enumerate(infos) if info is None), len(infos))
-
-    def _meta(self, page: Page) -> ChunkMeta:
-        identity = fingerprint(_NO_KV, self._identity, settings={"opaque_bytes": page.nbytes})
-        return ChunkMeta(fingerprint=identity, key=self.key(page.name), spec=_NO_KV, tokens=1)
-
-    def _put(self, page: Page) -> PutChunk:
-        meta, nbytes = self._meta(page), page.nbytes
-
-        def write(buffer: memoryview) -> int:
-            writer = ContainerWriter(buffer, meta, codec=OPAQUE, segment_count=1)
-            xxh3 = kernels.gather_xxh3(writer.tail(0)[:nbytes], _arrays(page.spans))
-            writer.commit(level=0, part=PART_KV, layers=(0, 1), nbytes=nbytes, xxh3=xxh3)
-            return writer.finish()
-
-        return PutChunk(meta.key, container_bytes_max(meta.spec, [(0, nbytes)]), write)
-
-    def _read(self, part: Part, page: Page) -> None:
-        """Fill a page from one part. Raises ContainerError with the reason."""
-        if part.header is None:
-            raise ContainerError(Reason.MALFORMED, "the store answered a chunk without its header")
-        meta = self._meta(page)
-        expect(part.header, key=meta.key, fingerprint=meta.fingerprint)
-        if part.header.codec != OPAQUE or len(part.groups) != 1 or len(part.groups[0]) != 1:
-            raise ContainerError(Reason.MALFORMED, f"a page has one segment of codec id {OPAQUE}")
-        segment, data = part.groups[0][0]
-        if not len(data) == segment.length == page.nbytes:
-            raise ContainerError(Reason.MALFORMED, f"the page has {segment.length} bytes; {page.nbytes} are wanted")
-        if kernels.scatter_xxh3(_arrays(page.spans), data) != segment.xxh3:
-            raise ContainerError(Reason.CORRUPT, segment_label(segment))
-        if time.monotonic() > part.expires_at:
-            raise ContainerError(Reason.DEADLINE, "the lease on the chunk's bytes expired while they were read")
-
-
-def _arrays(spans: Spans) -> list[Bits]:
-    return [np.frombuffer(span, dtype=np.uint8).reshape(1, 1, -1) for span in spans]
+        super().__init__(client, _DOMAIN, identity, durable=durable)

@@ -23,6 +23,7 @@ from kvstore.codec import Codec
 from kvstore.codecs import registry
 from kvstore.connector import Loaded, ReuseReport, Stored
 from kvstore.connectors.hf_generate import HEADROOM_TOKENS, FirstStep, GenerateSettings, Ids, prompt_rows
+from kvstore.connectors.hf_shared import identify_shared
 from kvstore.connectors.model_identity import identify
 from kvstore.connectors.prefix import (
     LOAD_DEADLINE_MS_DEFAULT,
@@ -70,6 +71,8 @@ class TransformersConnector:
         decode_in_store: let the store (the daemon) decode the chunks instead of this process.
         load_policy: "cost" computes again what would take longer to load, by what loads and prefills took so far;
             "always" loads whatever there is.
+        share_between_engines: share KV with other engines that run the same checkpoint and have been told the same.
+            They round differently, so a model's KV is then exact up to what docs/engines.md measures.
 
     Raises:
         UnsupportedModelError: the model cannot be served exactly; names what and why.
@@ -92,6 +95,7 @@ class TransformersConnector:
         min_quality: int = 0,
         decode_in_store: bool = False,
         load_policy: LoadPolicy = "cost",
+        share_between_engines: bool = False,
     ) -> None:
         self.model = model
         self.client = client
@@ -104,6 +108,7 @@ class TransformersConnector:
         self._min_quality = min_quality
         self._decode_in_store = decode_in_store
         self._load_policy = load_policy
+        self._share = share_between_engines
         self._costs = CostModel()
         self._limits = gate.STANDARD if limits is None and not self._codec.exact else limits
         self._gates = gate_records.load_all() if gates is None and self._limits is not None else gates or ()
@@ -252,7 +257,7 @@ class TransformersConnector:
         return self._prefixes
 
     def _open(self) -> PrefixStore:
-        spec, name = identify(self.model)
+        spec, name = identify_shared(self.model) if self._share else identify(self.model)
         return PrefixStore(
             self.client,
             spec,

@@ -8,10 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar, cast
 
-from kvstore.client import ChunkInfo, Client, Order, Part, PutChunk
+from kvstore.batching import BatchPlan
+from kvstore.client import PLAN_DEFAULT, ChunkInfo, Client, Order, Part, PutChunk
 from kvstore.events import Event
 from kvstore.explaining import Explanation
+from kvstore.keys import KeyScheme, Tokens
 from kvstore.outcome import Lookup, PutStatus
+from kvstore.span_plan import PlanOptions, SpanPlan
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -82,6 +85,16 @@ class AsyncClient:
     async def explain(self, keys: Sequence[bytes]) -> list[Explanation]:
         """See `Client.explain`."""
         return await self._run(self._client.explain, keys)
+
+    async def plan(self, tokens: Tokens, keys: KeyScheme, options: PlanOptions = PLAN_DEFAULT) -> SpanPlan:
+        """See `Client.plan`."""
+        return await self._run(self._client.plan, tokens, keys, options)
+
+    async def plan_batch(
+        self, prompts: Sequence[Tokens], keys: KeyScheme, *, cache_tokens: int | None = None
+    ) -> BatchPlan:
+        """See `Client.plan_batch`."""
+        return await self._run(self._client.plan_batch, prompts, keys, cache_tokens=cache_tokens)
 
     async def prefetch(
         self, keys: Sequence[bytes], *, priority: int = 0, deadline_ms: float | None = None

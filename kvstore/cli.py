@@ -129,7 +129,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from kvstore.compose import open_store
     from kvstore.service.server import serve
 
-    return serve(open_store(config), config.service)
+    return serve(open_store(config), config.service, config.tenants)
 
 
 def _config(arguments: argparse.Namespace) -> int:

@@ -17,18 +17,22 @@ from typing import Any, Literal, Self
 
 import msgspec
 
+from kvstore.batching import BatchPlan, plan_batch
 from kvstore.codec import LayerSegments
 from kvstore.container import Header
 from kvstore.events import EventStream
 from kvstore.explaining import Explanation
-from kvstore.keys import ROOT
+from kvstore.keys import ROOT, KeyScheme, Tokens
 from kvstore.outcome import Lookup, Miss, PutStatus
+from kvstore.span_plan import PlanOptions, SpanPlan
 
 Order = Literal["chunk", "layer"]
 
 DEADLINE_MS_DEFAULT = 30_000
 """No operation waits for ever: what is not there by then is a miss with reason deadline."""
 
+
+PLAN_DEFAULT = PlanOptions()
 
 QUALITY_EXACT = 255
 """As a minimum quality: the bits that were computed, no lossy codec in between."""
@@ -142,6 +146,22 @@ class Client(ABC):
     @abstractmethod
     def explain(self, keys: Sequence[bytes]) -> list[Explanation]:
         """For each chunk of the chain `keys` where it is, or why it is nowhere; [] if the store does not answer."""
+
+    @abstractmethod
+    def plan(self, tokens: Tokens, keys: KeyScheme, options: PlanOptions = PLAN_DEFAULT) -> SpanPlan:
+        """What to do about each token of a prompt: load it with a prefix or a document, or compute it, and why.
+
+        `keys` is the model's and the tenant's scheme. If the store does not answer everything is recomputed, and the
+        plan's `miss` says so. A plan is a snapshot: a chunk may be gone when it is fetched.
+
+        Raises:
+            ConfigError: an empty prompt, or options that do not fit it.
+            SpecError: a token id is not in 0..2**32-1.
+        """
+
+    def plan_batch(self, prompts: Sequence[Tokens], keys: KeyScheme, *, cache_tokens: int | None = None) -> BatchPlan:
+        """The tree of the prefixes that prompts share, and the order that reuses most; see `kvstore.batching`."""
+        return plan_batch(prompts, keys, cache_tokens=cache_tokens, store=self)
 
     @abstractmethod
     def prefetch(

@@ -8,6 +8,7 @@ from kvstore.durations import parse_seconds
 from kvstore.errors import ConfigError
 from kvstore.sizes import parse_bytes
 from kvstore.store import Store
+from kvstore.tenants import quotas_of
 from kvstore.tier import Tier
 from kvstore.transcode import parse_recipe
 
@@ -38,6 +39,10 @@ def open_store(config: Config) -> Store:
             options = registry.policy_options(kind, tier.policy, tier.admission) | tier.options
             if tier.ttl != "":
                 options["ttl_seconds"] = parse_seconds(tier.ttl, f"tiers.{name}.ttl")
+            if config.tenants and registry.keeps_quotas(kind):
+                options["quotas"] = quotas_of(config.tenants, name, capacity_bytes)
+            elif limited := [tenant for tenant, each in config.tenants.items() if name in each.quota]:
+                raise ConfigError(f"tiers.{name} keeps no quotas; take tenants.{limited[0]}.quota.{name} away")
             if tier.path:
                 options["path"] = tier.path
             tiers.append(registry.open_tier(kind, name=name, capacity_bytes=capacity_bytes, **options))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,11 +18,15 @@ from typing import Any, get_type_hints
 import msgspec
 
 from kvstore.errors import ConfigError
+from kvstore.keys import DEFAULT_CHUNK_TOKENS, KEY_BYTES
 from kvstore.sizes import parse_bytes
+from kvstore.spec import CHUNK_TOKENS_MAX
 from kvstore.store_settings import StoreSettings
+from kvstore.tenants import TenantConfig, check_tenants
 from kvstore.transcode import AS_IS
 
 ENV_PREFIX = "KVSTORE_"
+_FINGERPRINT = re.compile(f"[0-9a-fA-F]{{{2 * KEY_BYTES}}}")
 _ENV_NOT_SETTINGS = {"KVSTORE_KERNELS", "KVSTORE_ISA", "KVSTORE_CONFIG"}
 
 
@@ -45,11 +50,24 @@ class TierConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     options: dict[str, Any] = {}
 
 
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a model's name stands for where routers ask by name, `[service.models."NAME"]`.
+
+    `fingerprint` are the 64 hexadecimal characters that connectors tell; `chunk_tokens` and `salt` are what they were
+    given.
+    """
+
+    fingerprint: str
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    salt: str = ""
+
+
 class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The daemon, `[service]`.
 
     `port` 0 lets the system choose; -1 turns TCP off. `socket` is the UNIX socket; "" turns it off. With `token_file`
-    every TCP request needs `Authorization: Bearer <token>`.
+    every TCP request needs `Authorization: Bearer <token>`. `instance_id` is what routers know this daemon by, and
+    `models` which models they may ask about.
     """
 
     host: str = "127.0.0.1"
@@ -65,6 +83,8 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     session_staging_bytes_max: str | int = "256MiB"
     lease_ttl_seconds: float = 30.0
     stop_seconds_max: float = 10.0
+    instance_id: str = "kvstore"
+    models: dict[str, ModelConfig] = {}
 
     def __post_init__(self) -> None:
         parse_bytes(self.request_bytes_max, "service.request_bytes_max")
@@ -82,6 +102,16 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         ):
             if not getattr(self, field) > 0:
                 raise ConfigError(f"service.{field} is {getattr(self, field)}; it must be positive")
+        for name, model in self.models.items():
+            if not _FINGERPRINT.fullmatch(model.fingerprint):
+                raise ConfigError(
+                    f"service.models.{name}.fingerprint is {model.fingerprint!r:.80}; "
+                    f"give the {2 * KEY_BYTES} hexadecimal characters of the model's fingerprint"
+                )
+            if not 1 <= model.chunk_tokens <= CHUNK_TOKENS_MAX:
+                raise ConfigError(
+                    f"service.models.{name}.chunk_tokens is {model.chunk_tokens}; it must be in 1..{CHUNK_TOKENS_MAX}"
+                )
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -90,12 +120,22 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tiers: dict[str, TierConfig] = {}
     store: StoreSettings = StoreSettings()
     service: ServiceConfig = ServiceConfig()
+    tenants: dict[str, TenantConfig] = {}
     log_level: str = "INFO"
 
     def __post_init__(self) -> None:
         levels = ("DEBUG", "INFO", "WARNING", "ERROR")
         if self.log_level not in levels:
             raise ConfigError(f"log_level is {self.log_level!r}; use one of {', '.join(levels)}")
+        check_tenants(self.tenants, self.tiers)
+
+
+_ENTRIES: dict[tuple[type[msgspec.Struct], str], type[msgspec.Struct]] = {
+    (Config, "tiers"): TierConfig,
+    (Config, "tenants"): TenantConfig,
+    (ServiceConfig, "models"): ModelConfig,
+}
+"""Tables whose names the user chooses -> what each entry is."""
 
 
 class Settings:
@@ -191,9 +231,10 @@ def _check_names(values: Mapping[str, Any], struct: Any, path: tuple[str, ...], 
             raise unknown_name("setting", dotted, hints, origin)
         if not isinstance(value, Mapping):
             continue
-        if struct is Config and name == "tiers":
-            for tier, fields in value.items():
+        entry = _ENTRIES.get((struct, name))
+        if entry is not None:
+            for key, fields in value.items():
                 if isinstance(fields, Mapping):
-                    _check_names(fields, TierConfig, (*path, name, tier), origins)
+                    _check_names(fields, entry, (*path, name, key), origins)
         elif isinstance(hints[name], type) and issubclass(hints[name], msgspec.Struct):
             _check_names(value, hints[name], (*path, name), origins)

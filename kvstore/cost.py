@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.cost_rates import CostRates, PrefillRates, TierRates
 from kvstore.errors import ConfigError
 
 KEPT_A_SIZE = 8
@@ -205,6 +206,17 @@ class CostModel:
             load = _line(self._loads.get(tier))
             decode = _line(self._decodes.get(self._codecs.get(tier, ""))) or Line(0.0, 0.0)
         return None if load is None else Line(decode.fixed_ms, load.ms_per_byte + decode.ms_per_byte)
+
+    def rates(self) -> CostRates:
+        """All that has been observed, as plain numbers."""
+        with self._lock:
+            known = self._prefill.rates()
+            loads = {tier: line for tier, load in self._loads.items() if (line := _line(load)) is not None}
+        tiers = {}
+        for tier, load in loads.items():
+            chunk = self.chunk(tier) or Line(0.0, load.ms_per_byte)
+            tiers[tier] = TierRates(load.fixed_ms, chunk.fixed_ms, chunk.ms_per_byte)
+        return CostRates(None if known is None else PrefillRates(*known), tiers)
 
     def prefill_ms(self, tokens: int, context: int) -> float | None:
         """Computing `tokens` tokens behind `context` others; None if the engine has not computed anything yet."""

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from typing import Any
+
+import msgspec
+
+from kvstore.tier import Tier
 
 
 class Counters:
@@ -31,3 +36,13 @@ class Counters:
         for (name, label), count in items:
             result.setdefault(name, {})[label] = count
         return result
+
+
+def tier_stats(tier: Tier) -> dict[str, Any]:
+    """What a tier holds, for whom, and what it did; JSON types only."""
+    return {
+        "usage": msgspec.to_builtins(tier.usage()),
+        "tenants": msgspec.to_builtins(tier.tenant_usage()),
+        "counters": tier.counters(),
+        "durable": tier.durable,
+    }

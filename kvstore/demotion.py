@@ -70,13 +70,13 @@ class WriteBehind:
         self._thread.start()
 
     def submit(
-        self, key: bytes, parent: bytes, loan: Loan, *, position: int = 0, deadline: float | None
+        self, key: bytes, parent: bytes, loan: Loan, *, position: int = 0, deadline: float | None, tenant: str = ""
     ) -> Future[PutStatus] | None:
-        """Queue a chunk whose first token is at `position`; takes over the loan.
+        """Queue a chunk whose first token is at `position`; takes over the loan. `tenant`: see `PutItem`.
 
         With a deadline it is a durable put: None if there is no room by then. Without one, None if it was shed at once.
         """
-        demotion = Demotion(key, parent, loan, position=position, durable=deadline is not None)
+        demotion = Demotion(key, parent, loan, position=position, durable=deadline is not None, tenant=tenant)
         parent_below = parent == ROOT or self.tier.sizes([parent]) != [None]
         shed: list[Demotion] = []
         with self._changed:
@@ -220,7 +220,7 @@ class WriteBehind:
                     if loan is not None:
                         recoded[demotion.key] = loan
                         demotion.written_bytes = len(loan.view)
-            items = [PutItem(d.key, recoded.get(d.key, d.loan).view, d.parent, required=d.durable) for d in batch]
+            items = [PutItem(d.key, recoded.get(d.key, d.loan).view, d.parent, d.durable, d.tenant) for d in batch]
             return self.tier.put(items)
         except Exception as error:  # the thread must outlive a broken tier: puts go on into memory
             _log.exception("write-behind to tier %s failed", self.tier.name)
@@ -233,7 +233,7 @@ class WriteBehind:
         if status.stored:
             self._counters.add("demoted", self.tier.name)
             self._counters.add("demoted_bytes", self.tier.name, demotion.written_bytes)
-        elif status.reason is Reason.NOT_ADMITTED:
+        elif status.reason in (Reason.NOT_ADMITTED, Reason.OVER_QUOTA):
             self._counters.add("demotions_refused", self.tier.name)
             self._events.refused(self.tier.name, demotion.key, status.detail)
         else:

@@ -6,13 +6,16 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from kvstore.arguments import deadline_at
-from kvstore.client import ChunkInfo, Client, Order, Part, PutChunk
+from kvstore.client import PLAN_DEFAULT, ChunkInfo, Client, Order, Part, PutChunk
 from kvstore.events import EventFilter, EventStream, RingStream
 from kvstore.explaining import Explanation
 from kvstore.fetching import Step
+from kvstore.keys import KeyScheme, Tokens
 from kvstore.outcome import Lookup, PutStatus
 from kvstore.promotion import Place
 from kvstore.putting import PendingPut
+from kvstore.span_plan import PlanOptions, SpanPlan
+from kvstore.span_planner import SpanPlanner
 from kvstore.store import Store
 
 
@@ -21,10 +24,13 @@ class EmbeddedClient(Client):
 
     Args:
         store: the store; closed with the client.
+        tenant: whose quota counts what is put, "" for nobody's.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, tenant: str = "") -> None:
         self.store = store
+        self._tenant = tenant
+        self.planner = SpanPlanner(store)
 
     @property
     def put_codec(self) -> str:
@@ -36,7 +42,9 @@ class EmbeddedClient(Client):
         deadline = deadline_at(deadline_ms)
         pending: list[PendingPut] = []
         for chunk in chunks:
-            place = self.store.reserve(chunk.key, chunk.nbytes_max, parent=chunk.parent, durable=durable)
+            place = self.store.reserve(
+                chunk.key, chunk.nbytes_max, parent=chunk.parent, durable=durable, tenant=self._tenant
+            )
             if not isinstance(place, Place):
                 pending.append(place)
                 continue
@@ -83,6 +91,9 @@ class EmbeddedClient(Client):
     def explain(self, keys: Sequence[bytes]) -> list[Explanation]:
         return self.store.explain(keys)
 
+    def plan(self, tokens: Tokens, keys: KeyScheme, options: PlanOptions = PLAN_DEFAULT) -> SpanPlan:
+        return self.planner.plan(tokens, keys, options)
+
     def prefetch(
         self, keys: Sequence[bytes], *, priority: int = 0, deadline_ms: float | None = None, tier: str = ""
     ) -> list[PutStatus]:
@@ -107,7 +118,7 @@ class EmbeddedClient(Client):
         return self.store.delete(keys)
 
     def stats(self) -> dict[str, Any]:
-        return self.store.stats()
+        return {**self.store.stats(), "spans": self.planner.stats()}
 
     def events(
         self,

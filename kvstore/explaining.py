@@ -121,7 +121,7 @@ def explain_prompt(
 
 def _gone(key: bytes, event: Event | None, refusal: str) -> Explanation:
     if event is None or event.reason is None:
-        detail = "no tier holds it, and no removal of it is remembered"
+        detail = "no tier holds it, and no removal of it is remembered" + (f"; {refusal}" if refusal else "")
         return Explanation(key=key, why=Why.ABSENT, detail=detail)
     when = datetime.fromtimestamp(event.unix_seconds, UTC).isoformat(timespec="milliseconds")
     because = {

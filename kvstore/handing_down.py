@@ -43,7 +43,7 @@ class TierBelow:
 
     def __call__(self, entry: Entry, read: Callable[[memoryview], int | Miss]) -> None:
         """Take over one chunk."""
-        slot = self._tier.reserve(entry.key, entry.nbytes, parent=entry.parent)
+        slot = self._tier.reserve(entry.key, entry.nbytes, parent=entry.parent, tenant=entry.tenant)
         if isinstance(slot, PutStatus):
             if not slot.existed:
                 self._count(slot.reason)

@@ -3,7 +3,7 @@
 A key is the SHA-256 of a fixed, injective encoding; every variable-length field is preceded by its length:
 
     "kvstore-key-1\\0" | kind u8 | fingerprint 32 | salt len u32, salt | extras len u32, extras
-    | parent 32 (zeros at the root; for a content key the key of the preamble) | token count u32 | token ids u32 LE
+    | parent 32 (zeros at the root; for a content key see `kvstore.spans`) | token count u32 | token ids u32 LE
 
 `salt` separates tenants, `extras` carry whatever else selects the KV (image digests, ...). The golden vectors in
 tests/golden/keys.json pin the encoding.
@@ -77,6 +77,8 @@ class KeyScheme:
             raise SpecError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
         self.fingerprint = fingerprint
         self.chunk_tokens = chunk_tokens
+        self.salt = salt
+        self.extras = dict(extras or {})
         packed = encode_extras(extras or {})
         tail = len(salt).to_bytes(4, "little") + salt + len(packed).to_bytes(4, "little") + packed
         self._chain = hashlib.sha256(_FORMAT + _CHAIN + fingerprint + tail)

@@ -68,7 +68,8 @@ class Batch(msgspec.Struct, frozen=True):
 class LoadControl:
     """Steers one load. Ask `next` for a batch, report what becomes of it, `ended` last, and ask again.
 
-    All times are milliseconds since the load began. Not safe for threads.
+    `loaded` chunks are there, and by the latest plan `planned` in all are worth having. All times are milliseconds
+    since the load began. Not safe for threads.
 
     Args:
         costs: estimates; told of what is observed.
@@ -86,6 +87,7 @@ class LoadControl:
         deadline_ms: float,
     ) -> None:
         self.loaded = 0
+        self.planned = 0
         self.stop: Miss | None = None
         self._costs = costs
         self.candidates = candidates
@@ -173,7 +175,11 @@ class LoadControl:
         if now_ms >= self._deadline_ms:
             self.stop = self._overdue(now_ms)
             return None
-        return Batch(len(self.candidates), -1, self._deadline_ms)
+        return self._all(self._deadline_ms)
+
+    def _all(self, deadline_ms: float) -> Batch:
+        self.planned = len(self.candidates)
+        return Batch(len(self.candidates), -1, deadline_ms)
 
     def _next(self, now_ms: float, savings: Sequence[float]) -> Batch | None:
         until = self._saved[self.loaded] + self._bound_ms
@@ -197,11 +203,13 @@ class LoadControl:
         if not plan.levels:
             everything = fixed_ms + sum(ms[0] for ms in loads)
             if not self._started and fixed_ms + sum(ms[-1] for ms in loads) <= min(PATIENCE_MS_MIN, deadline_ms):
-                return Batch(len(self.candidates), -1, deadline_ms)
+                return self._all(deadline_ms)
             if not self._started and self._costs.probes.allow(self._saved[-1], self._patience[0]):
+                self.planned = 1
                 return Batch(1, 0, deadline_ms)
             self.stop = self._refusal(now_ms, fixed_ms + loads[0][0], everything)
             return None
+        self.planned = self.loaded + len(plan.levels)
         return Batch(self.loaded + self._count(plan, loads, deadline_ms - now_ms), plan.levels[0], deadline_ms)
 
     def _count(self, plan: Plan, loads: Sequence[Sequence[float]], time_ms: float) -> int:

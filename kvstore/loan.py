@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
 import threading
 import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+from kvstore.buffers import aligned_buffer
 from kvstore.tier import IO_ALIGN, Lease
 
 
@@ -51,7 +51,7 @@ class TransientBuffer:
     def __init__(self, pool: TransientPool, nbytes: int, charged_bytes: int) -> None:
         self._pool = pool
         self._charged_bytes = charged_bytes
-        self._view = memoryview(mmap.mmap(-1, charged_bytes))
+        self._view = aligned_buffer(charged_bytes)
         self.view = self._view[:nbytes]
 
     @property

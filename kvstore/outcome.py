@@ -33,6 +33,7 @@ class Reason(enum.StrEnum):
     UNAVAILABLE = "unavailable"  # the daemon or tier does not answer
     BUSY = "busy"  # a bounded queue is full; try again later
     FULL = "full"  # no room: everything evictable is leased or pinned
+    OVER_QUOTA = "over_quota"  # the tenant's quota is used up, by chunks that have to stay
     TOO_LARGE = "too_large"  # larger than the tier, or than the configured limit
     READ_ONLY = "read_only"  # the tier accepts no writes
     NOT_ADMITTED = "not_admitted"  # the tier's admission policy did not think it worth its place

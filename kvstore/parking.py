@@ -25,7 +25,7 @@ from kvstore.loan import Loan
 from kvstore.movers import borrow_by
 from kvstore.outcome import Miss, PutStatus, Reason
 from kvstore.promotion import Promoter
-from kvstore.tier import Tier
+from kvstore.tier import Tier, tenant_of
 
 
 class Parking:
@@ -84,7 +84,10 @@ class Parking:
             return msgspec.structs.replace(_NOWHERE, stored=True)
         nbytes = len(loan.view)
         meta = container.parse(loan.view).meta
-        below = self._behind.submit(key, meta.parent, loan, position=meta.first_position, deadline=deadline)
+        tenant = tenant_of(self._promoter.memory, key)
+        below = self._behind.submit(
+            key, meta.parent, loan, position=meta.first_position, deadline=deadline, tenant=tenant
+        )
         if below is None:
             return PutStatus(stored=True, reason=Reason.BUSY, detail="the write-behind queue is full")
         self._counters.add("parked")

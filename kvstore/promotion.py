@@ -47,12 +47,18 @@ class Flight:
 
 
 class Place:
-    """Where a chunk is read to: a slot in the memory tier, or a transient buffer when the tier has no room for it."""
+    """Where a chunk is read to: a slot in the memory tier, or a transient buffer when the tier has no room for it.
 
-    __slots__ = ("_buffer", "_slot", "_tier", "nbytes")
+    `tenant` is whose quota it counts against in the tier that it is written through to.
+    """
 
-    def __init__(self, tier: str, nbytes: int, slot: Slot | None, buffer: TransientBuffer | None) -> None:
+    __slots__ = ("_buffer", "_slot", "_tier", "nbytes", "tenant")
+
+    def __init__(
+        self, tier: str, nbytes: int, slot: Slot | None, buffer: TransientBuffer | None, tenant: str = ""
+    ) -> None:
         self._tier = tier
+        self.tenant = tenant
         self._slot = slot
         self._buffer = buffer
         self.nbytes = nbytes
@@ -89,17 +95,18 @@ class Place:
 
 
 class Wanted(NamedTuple):
-    """A chunk of a lower tier for which a place is wanted, and the chunk before it."""
+    """A chunk of a lower tier for which a place is wanted, the chunk before it, and whose quota it counts against."""
 
     key: bytes
     nbytes: int
     parent: bytes
+    tenant: str = ""
 
 
 def wanted_from(tier: Tier, keys: Sequence[bytes]) -> list[Wanted | None]:
     """The chunks as a tier has them, None where it has none."""
-    chunks = zip(keys, tier.sizes(keys), tier.parents(keys), strict=True)
-    return [None if nbytes is None else Wanted(key, nbytes, parent) for key, nbytes, parent in chunks]
+    chunks = zip(keys, tier.sizes(keys), tier.parents(keys), tier.tenants(keys), strict=True)
+    return [None if nbytes is None else Wanted(key, nbytes, parent, whose) for key, nbytes, parent, whose in chunks]
 
 
 class Promoter:
@@ -265,7 +272,7 @@ class Promoter:
         """A place in memory, a loan if the chunk is there, None if memory has no room."""
         if self._leases is None or self.memory is None:
             return None
-        slot = self._leases.reserve(chunk.key, chunk.nbytes, parent=chunk.parent)
+        slot = self._leases.reserve(chunk.key, chunk.nbytes, parent=chunk.parent, tenant=chunk.tenant)
         if not isinstance(slot, PutStatus):
             return Place(self.memory.name, chunk.nbytes, slot, None)
         return self.lease(chunk.key, min_quality=min_quality) if slot.existed else None

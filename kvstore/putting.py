@@ -9,10 +9,10 @@ status = putter.settle(pending, deadline)
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import cast
 
 import msgspec
@@ -21,12 +21,13 @@ from kvstore import container
 from kvstore.counters import Counters
 from kvstore.demotion import WriteBehind
 from kvstore.errors import ContainerError
+from kvstore.event_log import EventLog
 from kvstore.keys import ROOT
 from kvstore.loan import Loan, TransientPool
 from kvstore.movers import begin
 from kvstore.outcome import Miss, PutStatus, Reason
 from kvstore.promotion import Place, Promoter
-from kvstore.tier import PutItem, SupportsLease, Tier
+from kvstore.tier import PutItem, SupportsLease, Tier, tenant_of
 from kvstore.transcode import Transcoder
 
 TRIES_MAX = 4
@@ -57,6 +58,7 @@ class Putter:
         behind: the way to the durable tier; None if there is none or no memory before it.
         movers: threads for chunks that memory cannot take.
         counters: gets puts (label: stored, existed, or the reason of a refusal) and put_bytes.
+        events: remembers what a tenant's quota has kept out.
         transcoders: of the tiers that have a codec of their own, by name; for chunks that memory cannot take.
     """
 
@@ -67,6 +69,7 @@ class Putter:
         behind: WriteBehind | None,
         movers: Executor,
         counters: Counters,
+        events: EventLog,
         transcoders: Mapping[str, Transcoder] | None = None,
     ) -> None:
         self._promoter = promoter
@@ -74,13 +77,16 @@ class Putter:
         self._behind = behind
         self._movers = movers
         self._counters = counters
+        self._events = events
         self._transcoders = transcoders or {}
+        self._late: dict[Future[PutStatus], bytes] = {}
+        """What is still being written to a lower tier after the deadline of its put."""
 
     def put(self, items: Sequence[PutItem], *, durable: bool, deadline: float) -> list[PutStatus]:
         """Copy and verify containers in one pass each; what does not verify is refused with the reason."""
         pending: list[PendingPut] = []
         for item in items:
-            place = self.reserve(item.key, len(item.data), parent=item.parent, durable=durable)
+            place = self.reserve(item.key, len(item.data), parent=item.parent, durable=durable, tenant=item.tenant)
             if not isinstance(place, Place):
                 pending.append(place)
                 continue
@@ -97,9 +103,12 @@ class Putter:
         return [self.settle(status, deadline) for status in pending]
 
     def reserve(
-        self, key: bytes, nbytes_max: int, *, parent: bytes = ROOT, durable: bool = False
+        self, key: bytes, nbytes_max: int, *, parent: bytes = ROOT, durable: bool = False, tenant: str = ""
     ) -> Place | PendingPut:
-        """A place for a container of at most `nbytes_max` bytes, or the answer when there is nothing to write."""
+        """A place for a container of at most `nbytes_max` bytes, or the answer when there is nothing to write.
+
+        What is there already stays whose it is.
+        """
         memory = self._promoter.memory
         for _ in range(TRIES_MAX):
             existing = self._existing(key, durable=durable)
@@ -108,11 +117,13 @@ class Putter:
                 return existing
             if memory is None:
                 break
-            slot = cast(SupportsLease, memory).reserve(key, nbytes_max, parent=parent)
+            slot = cast(SupportsLease, memory).reserve(key, nbytes_max, parent=parent, tenant=tenant)
             if not isinstance(slot, PutStatus):
-                return Place(memory.name, nbytes_max, slot, None)
+                return Place(memory.name, nbytes_max, slot, None, tenant)
             if slot.reason == Reason.TOO_LARGE:
                 break
+            if slot.reason is Reason.OVER_QUOTA:
+                self._events.refused(memory.name, key, slot.detail)
             if not slot.existed:
                 return self._counted(slot)
         else:
@@ -123,7 +134,7 @@ class Putter:
         buffer = self._transient.take(nbytes_max, deadline=time.monotonic())
         if buffer is None:
             return self.refuse(Reason.FULL, f"no room for a buffer of {nbytes_max} bytes")
-        return Place("transient", nbytes_max, None, buffer)
+        return Place("transient", nbytes_max, None, buffer, tenant)
 
     def publish(
         self, place: Place, key: bytes, parent: bytes, nbytes: int, *, durable: bool, deadline: float
@@ -142,14 +153,15 @@ class Putter:
         if isinstance(loan, Miss):
             return self.refuse(loan.reason, loan.detail)
         if loan.offset is None:
-            return self._write_through(loan, key, parent, deadline)
+            return self._write_through(loan, PutItem(key, loan.view, parent, True, place.tenant), deadline)
         self._counters.add("puts", "stored")
         self._counters.add("put_bytes", "", nbytes)
         if self._behind is None:
             loan.release()
             return PutStatus(stored=True)
         position = header.meta.first_position
-        below = self._behind.submit(key, parent, loan, position=position, deadline=deadline if durable else None)
+        until = deadline if durable else None
+        below = self._behind.submit(key, parent, loan, position=position, deadline=until, tenant=place.tenant)
         if not durable:
             return PutStatus(stored=True)
         return _QUEUE_FULL if below is None else Awaited(below)
@@ -163,6 +175,13 @@ class Putter:
         except FutureTimeoutError:
             below = PutStatus(stored=True, reason=Reason.DEADLINE, detail="in memory, not yet durable")
         return msgspec.structs.replace(below, stored=True, existed=pending.existed)
+
+    def wait_for_late(self, keys: Collection[bytes], deadline: float) -> None:
+        """Wait for writes of these chunks that nobody waits for any more, so that a delete after this finds them."""
+        for writing, key in list(self._late.items()):
+            if key in keys:
+                with suppress(FutureTimeoutError, CancelledError):
+                    writing.exception(timeout=max(0.0, deadline - time.monotonic()))
 
     def refuse(self, reason: Reason, detail: str) -> PutStatus:
         """A counted refusal."""
@@ -183,15 +202,16 @@ class Putter:
         if loan is None:
             return None
         meta = container.parse(loan.view).meta
-        below = self._behind.submit(key, meta.parent, loan, position=meta.first_position, deadline=time.monotonic())
+        now, tenant = time.monotonic(), tenant_of(self._promoter.memory, key)
+        below = self._behind.submit(key, meta.parent, loan, position=meta.first_position, deadline=now, tenant=tenant)
         return msgspec.structs.replace(_QUEUE_FULL, existed=True) if below is None else Awaited(below, existed=True)
 
     def _tier_for(self, nbytes: int) -> Tier | None:
         return next((tier for tier in self._promoter.lower if tier.chunk_bytes_max >= nbytes), None)
 
-    def _write_through(self, loan: Loan, key: bytes, parent: bytes, deadline: float) -> PutStatus:
+    def _write_through(self, loan: Loan, item: PutItem, deadline: float) -> PutStatus:
         """Put a chunk that memory cannot take into a tier below, by a thread that may outlast the deadline."""
-        writing = begin(self._movers, self._write, loan, key, parent)
+        writing = begin(self._movers, self._write, loan, item)
         try:
             return self._counted(writing.result(timeout=max(0.0, deadline - time.monotonic())))
         except CancelledError:
@@ -200,9 +220,12 @@ class Putter:
         except FutureTimeoutError:
             if writing.cancel():
                 loan.release()
+            else:
+                self._late[writing] = item.key
+                writing.add_done_callback(self._late.pop)
             return self.refuse(Reason.DEADLINE, "not written by the deadline; it may be later")
 
-    def _write(self, loan: Loan, key: bytes, parent: bytes) -> PutStatus:
+    def _write(self, loan: Loan, item: PutItem) -> PutStatus:
         with loan:
             tier = self._tier_for(len(loan.view))
             if tier is None:
@@ -211,7 +234,7 @@ class Putter:
             transcoder = self._transcoders.get(tier.name)
             recoded = transcoder.recode(loan.view) if transcoder is not None else None
             with recoded or nullcontext():
-                (status,) = tier.put([PutItem(key, (recoded or loan).view, parent, required=True)])
+                (status,) = tier.put([msgspec.structs.replace(item, data=(recoded or loan).view)])
             if status.stored and not status.existed:
                 self._counters.add("put_bytes", "", len(loan.view))
             return status

@@ -29,16 +29,27 @@ class Demotion:
         loan: on its bytes; whoever takes the demotion out of the queue releases it.
         position: of its first token in the prompt.
         durable: somebody waits for its durability.
+        tenant: whose quota it counts against below.
 
     Attributes:
         orphan: its parent was neither waiting nor below when it came.
     """
 
-    __slots__ = ("done", "durable", "key", "loan", "nbytes", "orphan", "parent", "position", "written_bytes")
+    __slots__ = ("done", "durable", "key", "loan", "nbytes", "orphan", "parent", "position", "tenant", "written_bytes")
 
-    def __init__(self, key: bytes, parent: bytes, loan: Loan, *, position: int = 0, durable: bool = False) -> None:
+    def __init__(
+        self,
+        key: bytes,
+        parent: bytes,
+        loan: Loan,
+        *,
+        position: int = 0,
+        durable: bool = False,
+        tenant: str = "",
+    ) -> None:
         self.key = key
         self.parent = parent
+        self.tenant = tenant
         self.loan = loan
         self.nbytes = self.written_bytes = len(loan.view)
         self.position = position

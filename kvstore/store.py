@@ -17,7 +17,7 @@ import msgspec
 from kvstore import gate
 from kvstore.arguments import check_fetch, check_key, check_keys, check_owner, check_pin, check_place, deadline_at
 from kvstore.client import ChunkInfo, Order
-from kvstore.counters import Counters
+from kvstore.counters import Counters, tier_stats
 from kvstore.demotion import WriteBehind
 from kvstore.errors import ConfigError
 from kvstore.event_log import EventLog
@@ -117,7 +117,9 @@ class Store:
             if durable is not None and self.memory is not None
             else None
         )
-        self._putter = Putter(self._promoter, self._transient, self._behind, self._movers, self.counters, transcoders)
+        self._putter = Putter(
+            self._promoter, self._transient, self._behind, self._movers, self.counters, self.events, transcoders
+        )
         self._parking = Parking(tiers, self._promoter, self._movers, self._behind, self._window_bytes, self.counters)
         connect_tiers(tiers, self.counters)
         self._closed = False
@@ -138,16 +140,17 @@ class Store:
         return self._putter.put(items, durable=durable, deadline=deadline_at(deadline_ms))
 
     def reserve(
-        self, key: bytes, nbytes_max: int, *, parent: bytes = ROOT, durable: bool = False
+        self, key: bytes, nbytes_max: int, *, parent: bytes = ROOT, durable: bool = False, tenant: str = ""
     ) -> Place | PendingPut:
         """A place for the caller to write a container into, to be followed by `publish` or the place's `abort`.
 
         Answers something else, for `settle`, when there is nothing to write: the key is there, or there is no room.
+        `tenant` is whose quota the chunk counts against.
         """
         check_place(key, parent)
         if self._closed:
             return _CLOSED
-        return self._putter.reserve(key, nbytes_max, parent=parent, durable=durable)
+        return self._putter.reserve(key, nbytes_max, parent=parent, durable=durable, tenant=tenant)
 
     def publish(
         self, place: Place, key: bytes, parent: bytes, nbytes: int, *, durable: bool, deadline: float
@@ -305,6 +308,7 @@ class Store:
         deadline = deadline_at(None)
         self._prefetcher.cancel(keys)
         self._pins.forget(keys)
+        self._putter.wait_for_late(keys, deadline)
         found = []
         for tier in self.tiers:
             found.append(tier.delete(keys))
@@ -321,14 +325,7 @@ class Store:
     def stats(self) -> dict[str, Any]:
         """Counters and usage of the store and of each tier; JSON types only."""
         return {
-            "tiers": {
-                tier.name: {
-                    "usage": msgspec.to_builtins(tier.usage()),
-                    "counters": tier.counters(),
-                    "durable": tier.durable,
-                }
-                for tier in self.tiers
-            },
+            "tiers": {tier.name: tier_stats(tier) for tier in self.tiers},
             "counters": self.counters.snapshot(),
             "write_behind_bytes": self._behind.queued_bytes if self._behind is not None else 0,
             "transient_bytes": self._transient.used_bytes,

@@ -35,12 +35,14 @@ class PutItem(msgspec.Struct, frozen=True):
     """One chunk to store. `data` stays the caller's and unchanged until the put returns.
 
     `parent` is the chunk before it in its chain (ROOT if none). `required`: a tier's admission policy is not asked.
+    `tenant` is whose quota it counts against, "" for nobody's.
     """
 
     key: bytes
     data: memoryview
     parent: bytes = ROOT
     required: bool = False
+    tenant: str = ""
 
 
 class ReadItem(msgspec.Struct, frozen=True):
@@ -56,11 +58,12 @@ class ReadItem(msgspec.Struct, frozen=True):
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One stored chunk, as `scan` reports it."""
+    """One stored chunk, as `scan` reports it; `tenant` is set where a chunk is handed down, for who takes it."""
 
     key: bytes
     parent: bytes
     nbytes: int
+    tenant: str = ""
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -70,6 +73,14 @@ class Usage(msgspec.Struct, frozen=True):
     used_bytes: int
     entries: int
     pinned_bytes: int = 0
+
+
+class TenantUsage(msgspec.Struct, frozen=True):
+    """What a tenant has of a tier now, in whole pages, and how many of its chunks its quota has kept out so far."""
+
+    quota_bytes: int
+    used_bytes: int
+    refused: int
 
 
 class Removal(enum.StrEnum):
@@ -171,6 +182,14 @@ class Tier(ABC):
         """The chunk before each in its chain; ROOT if there is none, or the tier does not know. No use, no I/O."""
         return [ROOT] * len(keys)
 
+    def tenants(self, keys: Sequence[bytes]) -> list[str]:
+        """Whose quota each chunk counts against; "" if there is none, or it is nobody's. No use, no I/O."""
+        return [""] * len(keys)
+
+    def tenant_usage(self) -> dict[str, TenantUsage]:
+        """What each tenant has here; {} for a tier without quotas."""
+        return {}
+
     @abstractmethod
     def scan(self) -> Iterator[Entry]:
         """Every stored chunk, least recently used first, as of some moment during the call."""
@@ -190,6 +209,11 @@ class Tier(ABC):
     @abstractmethod
     def close(self) -> None:
         """Flush and release everything. Idempotent; afterwards reads miss and puts are refused with `unavailable`."""
+
+
+def tenant_of(tier: Tier | None, key: bytes) -> str:
+    """Whose quota a chunk counts against in a tier, "" for nobody's and where there is no tier."""
+    return "" if tier is None else tier.tenants([key])[0]
 
 
 class Lease(Protocol):
@@ -238,11 +262,13 @@ class SupportsLease(Protocol):
     def lease(self, key: bytes, *, owner: str = "", ttl_seconds: float | None = None) -> Lease | Miss:
         """Lease a chunk; counts as a use. `owner` groups leases for `release_owner`; None means until released."""
 
-    def reserve(self, key: bytes, nbytes: int, *, parent: bytes = ROOT, owner: str = "") -> Slot | PutStatus:
-        """Reserve a place for a chunk, evicting if need be.
+    def reserve(
+        self, key: bytes, nbytes: int, *, parent: bytes = ROOT, owner: str = "", tenant: str = ""
+    ) -> Slot | PutStatus:
+        """Reserve a place for a chunk, evicting if need be. `tenant` is whose quota it counts against, if anybody's.
 
         Answers a PutStatus instead of a slot when the key is there (`existed`), is being filled by someone else
-        (`busy`), or cannot be placed (`full`, `too_large`).
+        (`busy`), or cannot be placed (`full`, `over_quota`, `too_large`).
         """
 
     def release_owner(self, owner: str) -> int:

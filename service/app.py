@@ -11,7 +11,7 @@ from typing import NamedTuple
 from aiohttp import web
 
 from kvstore.errors import ConfigError
-from kvstore.service import chunks, control, events, fetching, prompts, verifying
+from kvstore.service import chunks, control, events, fetching, indexer, plans, prompts, verifying
 from kvstore.service.daemon import DAEMON, Daemon
 from kvstore.service.refusal import RefusalError, json_response
 
@@ -57,7 +57,11 @@ CHUNK_PATH = "/v1/chunks/{key}"
 ROUTES = (
     Route("POST", "/v1/lookup", prompts.lookup, "lookup"),
     Route("POST", "/v1/explain", prompts.explain, "explain"),
+    Route("POST", "/v1/plan", plans.plan, "plan"),
+    Route("POST", "/v1/plan_batch", plans.batch, "plan_batch"),
     Route("POST", "/v1/head", control.head, "head"),
+    Route("POST", "/query", indexer.query, "query"),
+    Route("POST", "/query_by_hash", indexer.query_by_hash, "query_by_hash"),
     Route("POST", "/v1/fetch", fetching.fetch, "fetch"),
     Route("POST", "/v1/put", control.put, "put"),
     Route("POST", "/v1/prefetch", control.prefetch, "prefetch"),

@@ -14,16 +14,16 @@ from aiohttp import web
 from kvstore.client import DEADLINE_MS_DEFAULT
 from kvstore.errors import ConfigError
 from kvstore.keys import ROOT
-from kvstore.protocol import Request, parse_keys
+from kvstore.protocol import parse_keys
 from kvstore.service.refusal import RefusalError
 
 DEADLINE_MS_MAX = 3_600_000.0
 
-T = TypeVar("T", bound=Request)
+T = TypeVar("T", bound=msgspec.Struct)
 
 _UNKNOWN_FIELD = re.compile(r"unknown field `([^`]*)`")
 _PLACE = re.compile(r"at `\$\.([^`]{1,80})`")
-_DECODERS: dict[type[Request], msgspec.json.Decoder[Request]] = {}
+_DECODERS: dict[type[msgspec.Struct], msgspec.json.Decoder[msgspec.Struct]] = {}
 
 
 async def read_body(request: web.Request, kind: type[T]) -> T:

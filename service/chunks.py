@@ -61,7 +61,14 @@ async def put(request: web.Request) -> web.Response:
     if nbytes < container.FIXED.size:
         raise RefusalError(400, "truncated", f"{nbytes} bytes are no container", hdrs.CONTENT_LENGTH)
     place = await daemon.workers.acquire(
-        deadline, _give_back, daemon.store.reserve, key, nbytes, parent=parent, durable=durable
+        deadline,
+        _give_back,
+        daemon.store.reserve,
+        key,
+        nbytes,
+        parent=parent,
+        durable=durable,
+        tenant=daemon.gate.tenant_of(request),
     )
     if not isinstance(place, Place):
         await _drain(request, deadline)

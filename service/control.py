@@ -68,7 +68,8 @@ async def put(request: web.Request) -> web.Response:
         staging = daemon.session(request.headers.get(SESSION_HEADER)).staging
     if len(body.chunks) > daemon.config.request_keys_max:
         raise RefusalError(413, "too_large", f"more than {daemon.config.request_keys_max} chunks", "chunks")
-    items = [_put_item(entry, staging, index) for index, entry in enumerate(body.chunks)]
+    tenant = daemon.gate.tenant_of(request)
+    items = [_put_item(entry, staging, index, tenant) for index, entry in enumerate(body.chunks)]
     statuses = await daemon.workers.run(deadline, _store_all, daemon.store, items, body.durable, deadline)
     return put_response(statuses)
 
@@ -148,9 +149,10 @@ async def info(request: web.Request) -> web.Response:
 
 
 async def stats(request: web.Request) -> web.Response:
-    """Counters and usage of the store and of each tier."""
+    """Counters and usage of the store and of each tier, and what plans have been made."""
     daemon = request.app[DAEMON]
-    return json_response(await daemon.workers.run(deadline_of(None), daemon.store.stats))
+    stats = await daemon.workers.run(deadline_of(None), daemon.store.stats)
+    return json_response({**stats, "spans": daemon.planner.stats()})
 
 
 async def _from_memory(daemon: Daemon, verb: Callable[[list[bytes]], R], texts: Sequence[str]) -> R:
@@ -176,7 +178,7 @@ async def _moved(request: web.Request, verb: Callable[..., list[PutStatus]]) -> 
     return put_response(statuses)
 
 
-def _put_item(entry: PutEntry, staging: Staging | None, index: int) -> PutItem:
+def _put_item(entry: PutEntry, staging: Staging | None, index: int, tenant: str) -> PutItem:
     field = f"chunks[{index}]"
     view = (
         memoryview(b"")
@@ -191,7 +193,7 @@ def _put_item(entry: PutEntry, staging: Staging | None, index: int) -> PutItem:
             400, "invalid", f"{field} is not inside the session's staging memory of {size} bytes", "offset"
         )
     parent = ROOT if entry.parent == ROOT.hex() else key_of(entry.parent, f"{field}.parent")
-    return PutItem(key_of(entry.key, f"{field}.key"), view, parent)
+    return PutItem(key_of(entry.key, f"{field}.key"), view, parent, tenant=tenant)
 
 
 def _store_all(store: Store, items: list[PutItem], durable: bool, deadline: float) -> list[PutStatus]:

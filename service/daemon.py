@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from aiohttp import web
 
 from kvstore.config import ServiceConfig
+from kvstore.hash_index import HashIndex
 from kvstore.service.auth import Gate, read_token
 from kvstore.service.limits import Inflight, Listeners, Workers
 from kvstore.service.metrics import Metrics
 from kvstore.service.refusal import RefusalError
 from kvstore.service.session import Session, SessionServer, SharedMemory
 from kvstore.sizes import parse_bytes
+from kvstore.span_planner import SpanPlanner
 from kvstore.store import Store
+from kvstore.tenants import TenantConfig
 
 
 class Daemon:
@@ -20,16 +25,23 @@ class Daemon:
     Args:
         store: every decision is its.
         config: the bounds.
+        tenants: who share the store.
 
     Raises:
         ConfigError: the token file cannot be used, or is missing where one is needed.
     """
 
-    def __init__(self, store: Store, config: ServiceConfig) -> None:
+    def __init__(self, store: Store, config: ServiceConfig, tenants: Mapping[str, TenantConfig] | None = None) -> None:
         self.store = store
+        self.planner = SpanPlanner(store)
+        self.hashes = HashIndex(store.tiers, store.events.ring)
         self.config = config
         self.request_bytes_max = parse_bytes(config.request_bytes_max, "service.request_bytes_max")
-        self.gate = Gate(read_token(config.token_file) if config.token_file else None, config.host)
+        tokens = {
+            name: read_token(tenant.token_file, f"tenants.{name}.token_file") if tenant.token_file else None
+            for name, tenant in (tenants or {}).items()
+        }
+        self.gate = Gate(read_token(config.token_file) if config.token_file else None, config.host, tokens)
         self.inflight = Inflight(config.inflight_max)
         self.listeners = Listeners(config.event_listeners_max)
         self.workers = Workers(config.inflight_max)
@@ -39,6 +51,7 @@ class Daemon:
             inflight=lambda: self.inflight.requests,
             sessions=lambda: len(self.sessions) if self.sessions is not None else 0,
             listeners=lambda: len(self.listeners),
+            spans=self.planner.stats,
         )
 
     @property

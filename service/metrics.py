@@ -10,6 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from kvstore.service.span_metrics import SpanCollector
+
 COUNTERS: dict[str, tuple[str, str | None, str]] = {
     "puts": ("kvstore_puts", "outcome", "Puts by outcome: stored, existed, or the reason of the refusal."),
     "put_bytes": ("kvstore_put_bytes", None, "Container bytes stored."),
@@ -33,7 +35,11 @@ COUNTERS: dict[str, tuple[str, str | None, str]] = {
     ),
     "transcoded_bytes": ("kvstore_transcoded_bytes", "when", "Bytes of transcoded chunks, before and after."),
     "demotions_failed": ("kvstore_demotions_failed", "tier", "Chunks the durable tier refused."),
-    "demotions_refused": ("kvstore_demotions_refused", "tier", "Chunks the tier's admission policy kept out."),
+    "demotions_refused": (
+        "kvstore_demotions_refused",
+        "tier",
+        "Chunks kept out by the tier's admission policy or a tenant's quota.",
+    ),
     "demotions_shed": ("kvstore_demotions_shed", "tier", "Chunks not written behind: the queue was full of others."),
     "demotions_shed_bytes": ("kvstore_demotions_shed_bytes", "tier", "Bytes of the chunks not written behind."),
     "parked": ("kvstore_parked", None, "Chunks written down because their context was parked."),
@@ -63,6 +69,12 @@ USAGE = {
     "pinned_bytes": "Bytes that cannot be evicted now: leased, pinned or being written.",
     "entries": "Chunks in the tier.",
 }
+TENANT_METRICS: dict[str, tuple[str, str]] = {
+    "used_bytes": ("kvstore_tenant_used_bytes", "Bytes of a tier that count against a tenant's quota."),
+    "quota_bytes": ("kvstore_tenant_quota_bytes", "The most bytes that a tenant may have of a tier."),
+    "refused": ("kvstore_tenant_refused", "Chunks that a tenant's quota kept out of a tier."),
+}
+"""Of a tenant's usage -> metric (a counter gets _total), meaning; the tenants are those of the configuration."""
 GAUGES = {
     "kvstore_write_behind_bytes": "Bytes waiting to be written to the durable tier.",
     "kvstore_transient_bytes": "Bytes lent outside every tier.",
@@ -88,6 +100,7 @@ class Metrics:
         inflight: requests being served now.
         sessions: shared-memory sessions connected now.
         listeners: readers of the event stream connected now.
+        spans: `SpanPlanner.stats`.
     """
 
     def __init__(
@@ -97,8 +110,10 @@ class Metrics:
         inflight: Callable[[], int],
         sessions: Callable[[], int],
         listeners: Callable[[], int],
+        spans: Callable[[], dict[str, Any]],
     ) -> None:
         self._registry = CollectorRegistry()
+        self._registry.register(SpanCollector(spans))
         self._registry.register(_StoreCollector(stats, (inflight, sessions, listeners)))
         self._seconds = Histogram(
             REQUEST_SECONDS, "Seconds to serve a request.", ["verb"], registry=self._registry, buckets=_BUCKETS
@@ -152,3 +167,10 @@ def _tier_metrics(tiers: dict[str, Any]) -> Iterator[Metric]:
         for tier, values in tiers.items():
             family.add_metric([tier], values["counters"].get(counter, 0))
         yield family
+    for field, (name, help_text) in TENANT_METRICS.items():
+        kind = CounterMetricFamily if field == "refused" else GaugeMetricFamily
+        of_tenants = kind(name, help_text, labels=["tier", "tenant"])
+        for tier, values in tiers.items():
+            for tenant, usage in values["tenants"].items():
+                of_tenants.add_metric([tier, tenant], usage[field])
+        yield of_tenants

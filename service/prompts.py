@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -93,15 +94,20 @@ def _schemes(daemon: Daemon, body: PromptRequest) -> Schemes | None:
     if len(body.token_ids) > tokens_max:
         detail = f"{len(body.token_ids)} token ids; with this chunk_tokens a request has at most {tokens_max}"
         raise RefusalError(413, "too_large", detail, "token_ids")
-    fingerprint = _bytes_of(body.fingerprint, "fingerprint")
-    if len(fingerprint) != KEY_BYTES:
-        detail = f"fingerprint has {len(fingerprint)} bytes; a model's has {KEY_BYTES}, in hexadecimal characters"
+    return schemes_of(body.fingerprint, body.salt, body.extras)
+
+
+def schemes_of(fingerprint: str, salt: str, extras: Mapping[str, str | int | HexBytes]) -> Schemes:
+    """How to make keys, out of a request's fields. Raises RefusalError (400) naming the field."""
+    model = _bytes_of(fingerprint, "fingerprint")
+    if len(model) != KEY_BYTES:
+        detail = f"fingerprint has {len(model)} bytes; a model's has {KEY_BYTES}, in hexadecimal characters"
         raise RefusalError(400, "invalid", detail, "fingerprint")
-    extras = {
+    values = {
         name: _bytes_of(value.hex, f"extras.{name:.40}.hex") if isinstance(value, HexBytes) else value
-        for name, value in body.extras.items()
+        for name, value in extras.items()
     }
-    return Schemes(fingerprint, _bytes_of(body.salt, "salt"), extras)
+    return Schemes(model, _bytes_of(salt, "salt"), values)
 
 
 def _bytes_of(text: str, field: str) -> bytes:

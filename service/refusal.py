@@ -15,10 +15,11 @@ _STATUS = {
     Reason.BUSY: 503,
     Reason.UNAVAILABLE: 503,
     Reason.FULL: 507,
+    Reason.OVER_QUOTA: 507,
     Reason.TOO_LARGE: 413,
 }
 _RETRY_SECONDS = {429: 1, 503: 1, 507: 1}
-_RETRY_REASONS = frozenset({Reason.BUSY, Reason.FULL})
+_RETRY_REASONS = frozenset({Reason.BUSY, Reason.FULL, Reason.OVER_QUOTA})
 
 
 class RefusalError(Exception):

@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 import ssl
+from collections.abc import Mapping
 from contextlib import suppress
 
 from aiohttp import web
@@ -19,6 +20,7 @@ from kvstore.service.app import make_app
 from kvstore.service.daemon import Daemon
 from kvstore.service.listening import UnixListener, listen_tcp
 from kvstore.store import Store
+from kvstore.tenants import TenantConfig
 
 _log = logging.getLogger(__name__)
 
@@ -29,17 +31,18 @@ class Server:
     Args:
         store: what to serve.
         config: where and within which bounds.
+        tenants: who share the store.
 
     Raises:
         ConfigError: the configuration cannot be served.
     """
 
-    def __init__(self, store: Store, config: ServiceConfig) -> None:
+    def __init__(self, store: Store, config: ServiceConfig, tenants: Mapping[str, TenantConfig] | None = None) -> None:
         if config.port < 0 and not config.socket:
             raise ConfigError("service.port is -1 and service.socket is empty; set one of them")
         self._config = config
         self._tls = _tls_context(config)
-        self.daemon = Daemon(store, config)
+        self.daemon = Daemon(store, config, tenants)
         self._runner: web.AppRunner | None = None
         self._unix: list[UnixListener] = []
         self._session_task: asyncio.Task[None] | None = None
@@ -98,25 +101,25 @@ class Server:
             _log.info("listening on %s://%s:%d", "https" if self._tls is not None else "http", host, self.port)
 
 
-def serve(store: Store, config: ServiceConfig) -> int:
+def serve(store: Store, config: ServiceConfig, tenants: Mapping[str, TenantConfig]) -> int:
     """Serve until SIGTERM or SIGINT, then stop gracefully and close the store; answers the process's exit code.
 
     Raises:
         ConfigError, ServiceError: it cannot start; the store is closed all the same.
     """
     try:
-        asyncio.run(_serve(store, config))
+        asyncio.run(_serve(store, config, tenants))
     finally:
         store.close()
     return 0
 
 
-async def _serve(store: Store, config: ServiceConfig) -> None:
+async def _serve(store: Store, config: ServiceConfig, tenants: Mapping[str, TenantConfig]) -> None:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    server = Server(store, config)
+    server = Server(store, config, tenants)
     await server.start()
     _log.info("ready")
     try:

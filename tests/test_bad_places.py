@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstore.buffers import aligned_buffer
 from kvstore.keys import ROOT
 from kvstore.outcome import Miss, Reason
 from kvstore.testing.chunks import sample_container, sample_key
@@ -22,7 +23,7 @@ from kvstore.tier import IO_ALIGN, PutItem, ReadItem
 from kvstore.tiers import fsck
 from kvstore.tiers.bad_places import Place, bad_place, is_media_error, is_passing, merged, parse_row, touching
 from kvstore.tiers.catalog import recover
-from kvstore.tiers.directio import PosixIo, aligned_buffer, page_up
+from kvstore.tiers.directio import PosixIo, page_up
 from kvstore.tiers.index import ChunkEntry
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.records import pack_record

@@ -22,6 +22,7 @@ EXPECTED = {
         "engine.plan.stalling.vs_recompute_worst",
         "engine.plan.bursty.vs_oracle_mean",
         "engine.plan.decide_ms",
+        "engine.spans.scan_ms",
         "engine.striped.vs_one_thread",
     },
     "service": {"service.shm_fetch_vs_memcpy", "service.lookup_p50_ms", "service.http_get_vs_socket"},

@@ -124,6 +124,18 @@ def test_chunks_that_are_their_own_ancestors_can_leave(kind: type[Index]) -> Non
     assert [entry.key for entry in index.oldest(0.0)] == [key_of(number) for number in (3, 0, 1, 2)]
 
 
+@pytest.mark.parametrize("kind", [ChunkIndex, packed])
+def test_what_is_held_knows_its_last_use(kind: type[Index]) -> None:
+    index = kind()
+    for number in range(2):
+        index.add(ChunkEntry(key_of(number), number << 12, 1))
+    held = index.get(key_of(0))
+    assert held is not None
+    index.pin(held, 10.0)
+    index.touch([key_of(1), key_of(0)])
+    assert held.access == index.accesses
+
+
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.binary(min_size=30, max_size=34), st.binary(max_size=70)), max_size=4), st.randoms())
 def test_both_ways_of_loading_agree(noise: list[tuple[bytes, bytes]], rng: random.Random) -> None:

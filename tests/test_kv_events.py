@@ -18,10 +18,12 @@ from kvstore import cli
 from kvstore.config import ServiceConfig
 from kvstore.connect import connect
 from kvstore.connectors import kv_events
-from kvstore.connectors.kv_events import AllBlocksCleared, Batch, BlockRemoved, BlockStored, block_hash
+from kvstore.connectors.kv_events import AllBlocksCleared, Batch, BlockRemoved, BlockStored
 from kvstore.errors import ConfigError, ServiceError
 from kvstore.events import Event
+from kvstore.hash_index import block_hash
 from kvstore.keys import ROOT
+from kvstore.sidecar import sidecar_key
 from kvstore.testing.chunks import sample_keys
 from kvstore.testing.client_harness import eventually, put_samples
 from kvstore.testing.serving import ServerThread, small_store
@@ -57,6 +59,14 @@ def test_a_chain_is_one_event_and_everything_else_its_own() -> None:
         BlockStored([h(f)], None, [], 0, None, "CPU", None, "LOCAL", "dram"),
     ]
     assert kv_events.block_events([]) == []
+
+
+def test_side_cars_are_no_blocks() -> None:
+    a, b, *_ = KEYS
+    chain = [stored(a, ROOT), stored(sidecar_key(a), a, tokens=1), stored(b, a)]
+    assert kv_events.block_events(chain) == kv_events.block_events([chain[0], chain[2]])
+    assert kv_events.block_events(chain[1:2]) == []
+    assert len(kv_events.block_events([stored(b, a, tokens=1)])) == 1  # a chunk of one token is one
 
 
 def test_a_long_chain_is_cut() -> None:

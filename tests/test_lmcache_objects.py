@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from kvstore.client import PutChunk
 from kvstore.connect import connect
-from kvstore.connectors import lmcache_lane
-from kvstore.connectors.lmcache_lane import Lane
+from kvstore.connectors import lanes
+from kvstore.connectors.lanes import Lane
 from kvstore.connectors.lmcache_native import KVStoreNativeConnector
 from kvstore.connectors.lmcache_objects import OPAQUE, LMCacheObject, LMCacheObjects, geometry_of
 from kvstore.connectors.lmcache_settings import LMCacheSettings
@@ -221,7 +221,7 @@ def test_what_waits_past_its_deadline_is_not_begun(monkeypatch: pytest.MonkeyPat
     gate = threading.Event()
     lane.submit(1, 1, lambda *_: [int(gate.wait(PATIENCE_SECONDS))], list, deadline_seconds=9)
     lane.submit(2, 1, lambda *_: [2], list, deadline_seconds=0)
-    monkeypatch.setattr(lmcache_lane, "TASKS_WAITING_MAX", 2)
+    monkeypatch.setattr(lanes, "TASKS_WAITING_MAX", 2)
     lane.submit(3, 1, lambda *_: [3], list, deadline_seconds=9)  # one too many: its failure is there at once
     assert lane.take(3) == [-1]
     lane.quiet()

@@ -11,13 +11,14 @@ from pathlib import Path
 import lmdb
 import pytest
 
+from kvstore.buffers import aligned_buffer
 from kvstore.errors import TierError
 from kvstore.outcome import Miss, Reason
 from kvstore.testing.chunks import sample_container, sample_key
 from kvstore.testing.hammer import hammer
 from kvstore.tier import IO_ALIGN, PutItem, ReadItem
 from kvstore.tiers import fsck
-from kvstore.tiers.directio import PosixIo, aligned_buffer, page_up
+from kvstore.tiers.directio import PosixIo, page_up
 from kvstore.tiers.journal import Page
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.records import RECORD

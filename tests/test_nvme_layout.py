@@ -11,10 +11,11 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstore.buffers import aligned_buffer
 from kvstore.keys import ROOT
 from kvstore.testing.harness import bytes_of, key_of
 from kvstore.tier import IO_ALIGN, PutItem
-from kvstore.tiers.directio import ParallelFile, PosixIo, Span, aligned_buffer, page_up
+from kvstore.tiers.directio import ParallelFile, PosixIo, Span, page_up
 from kvstore.tiers.extents import ExtentAllocator
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.volume import JOURNAL_PAGES_MIN

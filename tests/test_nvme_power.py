@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,20 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstore.buffers import aligned_buffer
 from kvstore.testing.chunks import sample_container, sample_key
 from kvstore.testing.harness import bytes_of
 from kvstore.testing.power import RecordingIo, crash
 from kvstore.tier import IO_ALIGN, PutItem, ReadItem, Removal
 from kvstore.tiers import fsck
 from kvstore.tiers.catalog import Position
-from kvstore.tiers.directio import aligned_buffer, page_up
-from kvstore.tiers.groupcommit import GroupCommitter
+from kvstore.tiers.directio import page_up
+from kvstore.tiers.disk import Disk
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.records import Row
 from kvstore.tiers.volume import VOLUME_NAME
 
-CAPACITY_BYTES = 48 * IO_ALIGN
+VOLUME_BYTES = 48 * IO_ALIGN
 KEYS = [sample_key(number) for number in range(10)]
 CHUNKS = {
     # Containers, which carry their own hashes, and one that is no container.
@@ -50,35 +52,51 @@ STEPS = st.lists(
 class Life:
     """A tier whose system calls, checkpoints and answers are recorded in one order."""
 
-    def __init__(self, directory: Path, *, direct_io: bool, ahead_bytes: int) -> None:
+    def __init__(self, directory: Path, *, volumes: int, direct_io: bool, ahead_bytes: int) -> None:
         self.directory = directory
+        self.volumes = [directory / f"volume-{number}" for number in range(volumes)]
+        self.capacity_bytes = volumes * VOLUME_BYTES
         self.options = {"direct_io": direct_io, "evict_ahead_bytes": ahead_bytes, "piece_bytes": 2 * IO_ALIGN}
         self.io = RecordingIo()
         self.catalogs = 0
+        self._catalog_lock = threading.Lock()
         self.tier = self._open()
-        self.base = directory / "base"
-        shutil.copyfile(directory / "tier" / VOLUME_NAME, self.base)
+        for volume in self.volumes:
+            shutil.copyfile(volume / VOLUME_NAME, self.base(volume))
         self.io.log.clear()
-        self._keep_catalog()
+        for volume in self.volumes:
+            self._keep_catalog(volume)
+
+    def base(self, volume: Path) -> Path:
+        """A volume's file as it was when the recording began."""
+        return self.directory / f"{volume.name}-base"
+
+    def kept_catalog(self, volume: Path, log: list[tuple[Any, ...]]) -> Path:
+        """A volume's catalog at the end of a log."""
+        number = max(event[2] for event in log if event[:2] == ("catalog", volume))
+        return self.directory / f"catalog-{number}"
 
     def _open(self) -> NvmeTier:
-        tier = NvmeTier(self.directory / "tier", CAPACITY_BYTES, io=self.io, io_threads=2, **self.options)  # type: ignore[arg-type]
+        tier = NvmeTier(self.volumes, self.capacity_bytes, io=self.io, io_threads=2, **self.options)  # type: ignore[arg-type]
         tier.listener = self
-        committer = tier._volume.committer
-        assert isinstance(committer, GroupCommitter)
-        apply = committer._apply
+        for disk in tier._volume.disks:
+            self._watch(disk)
+        return tier
+
+    def _watch(self, disk: Disk) -> None:
+        apply = disk.committer._apply
 
         def watched(rows: Iterable[Row], position: Position) -> None:
             apply(rows, position)
-            self._keep_catalog()
+            self._keep_catalog(disk.path)
 
-        committer._apply = watched
-        return tier
+        disk.committer._apply = watched
 
-    def _keep_catalog(self) -> None:
-        shutil.copytree(self.directory / "tier" / "catalog", self.directory / f"catalog-{self.catalogs}")
-        self.io.note("catalog", self.catalogs)
-        self.catalogs += 1
+    def _keep_catalog(self, volume: Path) -> None:
+        with self._catalog_lock:
+            number, self.catalogs = self.catalogs, self.catalogs + 1
+        shutil.copytree(volume / "catalog", self.directory / f"catalog-{number}")
+        self.io.note("catalog", volume, number)
 
     def stored(self, *_: object) -> None:
         """Stored chunks are noted by their acknowledgement."""
@@ -110,7 +128,8 @@ class Life:
             else:
                 self.tier.close()
                 self.tier = self._open()
-                self._keep_catalog()
+                for volume in self.volumes:
+                    self._keep_catalog(volume)
 
 
 def certain(log: list[tuple[Any, ...]]) -> set[bytes]:
@@ -134,20 +153,20 @@ def examine(life: Life, at: int, rng: random.Random) -> None:
     log = life.io.log[:at]
     after = life.directory / "after"
     shutil.rmtree(after, ignore_errors=True)
-    after.mkdir()
-    crash(log, life.base, after / VOLUME_NAME, rng)
-    number = max(event[1] for event in log if event[0] == "catalog")
-    shutil.copytree(life.directory / f"catalog-{number}", after / "catalog")
+    volumes = [after / volume.name for volume in life.volumes]
+    for volume, target in zip(life.volumes, volumes, strict=True):
+        shutil.copytree(life.kept_catalog(volume, log), target / "catalog")
+        crash(log, str(volume / VOLUME_NAME), life.base(volume), target / VOLUME_NAME, rng)
+        report = fsck.check(target, deep=False)
+        assert report.clean, report.text()
     must = certain(log)
-    report = fsck.check(after, deep=False)
-    assert report.clean, report.text()
-    tier = NvmeTier(after, CAPACITY_BYTES)
+    tier = NvmeTier(volumes, life.capacity_bytes)
     try:
         present = [entry.key for entry in tier.scan()]
         for key in present:
-            target = aligned_buffer(page_up(len(CHUNKS[key])))
-            assert tier.read([ReadItem(key, target)]) == [len(CHUNKS[key])]
-            assert target[: len(CHUNKS[key])] == CHUNKS[key], "wrong bytes"
+            buffer = aligned_buffer(page_up(len(CHUNKS[key])))
+            assert tier.read([ReadItem(key, buffer)]) == [len(CHUNKS[key])]
+            assert buffer[: len(CHUNKS[key])] == CHUNKS[key], "wrong bytes"
         assert must <= set(present), "an acknowledged chunk is lost"
         assert tier.usage().used_bytes == sum(page_up(len(CHUNKS[key])) for key in present), "bytes leak"
     finally:
@@ -155,20 +174,26 @@ def examine(life: Life, at: int, rng: random.Random) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(steps=STEPS, seed=st.integers(0, 2**32), direct_io=st.booleans(), ahead_bytes=st.sampled_from([0, 1 << 16]))
+@given(
+    steps=STEPS,
+    seed=st.integers(0, 2**32),
+    volumes=st.sampled_from([1, 1, 2, 3]),
+    direct_io=st.booleans(),
+    ahead_bytes=st.sampled_from([0, 1 << 16]),
+)
 def test_any_crash_keeps_what_was_acknowledged_and_nothing_wrong(
-    steps: list[Step], seed: int, direct_io: bool, ahead_bytes: int
+    steps: list[Step], seed: int, volumes: int, direct_io: bool, ahead_bytes: int
 ) -> None:
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="kvstore-power-") as directory:
-        life = Life(Path(directory), direct_io=direct_io, ahead_bytes=ahead_bytes)
+        life = Life(Path(directory), volumes=volumes, direct_io=direct_io, ahead_bytes=ahead_bytes)
         try:
             life.run(steps)
         finally:
             events = len(life.io.log)
             life.tier.close()
         for _ in range(CRASHES):
-            examine(life, rng.randint(1, events), rng)
+            examine(life, rng.randint(volumes, events), rng)
         examine(life, events, rng)
 
 
@@ -177,16 +202,18 @@ def test_the_simulation_loses_what_was_not_flushed(tmp_path: Path) -> None:
     base.write_bytes(bytes(8 * IO_ALIGN))
     page = bytes([1]) * IO_ALIGN
     log = [
-        ("begin", 0, page),
-        ("write", 0, page),
-        ("sync", 2),
-        ("begin", IO_ALIGN, page * 2),
-        ("write", IO_ALIGN, page * 2),
-        ("begin", 4 * IO_ALIGN, page),
+        ("begin", "a", 0, page),
+        ("write", "a", 0, page),
+        ("sync", "a", 2),
+        ("begin", "a", IO_ALIGN, page * 2),
+        ("write", "a", IO_ALIGN, page * 2),
+        ("sync", "b", 5),
+        ("begin", "b", 6 * IO_ALIGN, page),
+        ("begin", "a", 4 * IO_ALIGN, page),
     ]
     seen = set()
     for seed in range(64):
-        crash(log, base, target, random.Random(seed))
+        crash(log, "a", base, target, random.Random(seed))
         data = target.read_bytes()
         seen.add(tuple(data[at * IO_ALIGN] for at in range(8)))
     assert {found[0] for found in seen} == {1}

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore import config
+from kvstore.buffers import aligned_buffer
 from kvstore.compose import open_store
 from kvstore.errors import ConfigError, TierError, VolumeBusyError
 from kvstore.keys import ROOT
@@ -24,7 +25,7 @@ from kvstore.testing.tier import DurableContract, TierContract
 from kvstore.testing.tier_model import TierModel
 from kvstore.tier import IO_ALIGN, PutItem, ReadItem, Tier
 from kvstore.tiers import fsck, registry
-from kvstore.tiers.directio import PosixIo, aligned_buffer, page_up
+from kvstore.tiers.directio import PosixIo, page_up
 from kvstore.tiers.extents import ExtentAllocator
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.stripes import StripedExtents

@@ -12,6 +12,7 @@ import pytest
 import kvstore
 from kvstore.config import Config, ServiceConfig, TierConfig
 from kvstore.store_settings import StoreSettings
+from kvstore.tenants import TenantConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 LINES_MAX = 400
@@ -42,8 +43,9 @@ def test_every_setting_is_documented() -> None:
     settings |= {f"tiers.NAME.{field}" for field in TierConfig.__struct_fields__}
     settings |= {f"store.{field}" for field in StoreSettings.__struct_fields__}
     settings |= {f"service.{field}" for field in ServiceConfig.__struct_fields__}
+    settings |= {f"tenants.NAME.{field}" for field in TenantConfig.__struct_fields__}
     assert {name for name in documented if "." in name or name == "log_level"} == settings
-    assert set(Config.__struct_fields__) == {"tiers", "store", "service", "log_level"}
+    assert set(Config.__struct_fields__) == {"tiers", "store", "service", "tenants", "log_level"}
 
 
 def test_defaults_in_the_documentation_are_the_defaults() -> None:

@@ -86,9 +86,12 @@ def make() -> Iterator[Callable[..., Any]]:
     sys.modules.update(modules)
     backends: list[Any] = []
 
-    def made(pool: Pool | None = None, params: dict[str, Any] | None = None, **fields: Any) -> Any:
+    def made(
+        pool: Pool | None = None, params: dict[str, Any] | None = None, interface_v1: int = 0, **fields: Any
+    ) -> Any:
         backend_class = importlib.import_module("kvstore.connectors.sglang").KVStoreHiCache
-        config = Config(extra_config={"backend_name": "kvstore", "kvstore": params or MEMORY}, **fields)
+        extra = {"backend_name": "kvstore", "interface_v1": interface_v1, "kvstore": params or MEMORY}
+        config = Config(extra_config=extra, **fields)
         backends.append(backend_class(config, {}))
         if pool is not None:
             backends[-1].register_mem_pool_host(pool)
@@ -144,6 +147,7 @@ def test_pages_as_tensors(make: Callable[..., Any]) -> None:
         {"params": {"namespace": "lora"}},
         {"pool": Pool("page_first")},
         {"pool": Pool(dtype=torch.float16)},
+        {"interface_v1": 1},
     ],
     ids=str,
 )

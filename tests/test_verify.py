@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from kvstore import cli
+from kvstore.buffers import aligned_buffer
 from kvstore.connectors.remote import RemoteClient
 from kvstore.errors import ServiceError
 from kvstore.outcome import Miss, Reason
@@ -20,7 +21,7 @@ from kvstore.testing.chunks import sample_container, sample_key
 from kvstore.testing.serving import ServerThread
 from kvstore.tier import IO_ALIGN, PutItem, ReadItem
 from kvstore.tiers import fsck
-from kvstore.tiers.directio import PosixIo, aligned_buffer, page_up
+from kvstore.tiers.directio import PosixIo, page_up
 from kvstore.tiers.dram import DramTier
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.verifying import Verified, at_rate

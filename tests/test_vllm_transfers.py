@@ -99,9 +99,12 @@ def save(job_id: int, blocks: list[int], *, first: int = 0, stop: int = 2, reque
 
 def load(blocks: list[int], *, start: int = 0, stop: int = 2 * CHUNK, wait: bool = False) -> LoadJob:
     first = start // CHUNK
+    keys = CHAIN[first : -(-stop // CHUNK)]
     return LoadJob(
         request_id="r",
-        keys=CHAIN[first : -(-stop // CHUNK)],
+        keys=keys,
+        tiers=["memory"] * len(keys),
+        nbytes=[1000] * len(keys),
         first_chunk=first,
         start=start,
         stop=stop,

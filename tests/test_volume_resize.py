@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstore.buffers import aligned_buffer
 from kvstore.errors import TierError
 from kvstore.keys import ROOT
 from kvstore.testing.chunks import sample_container, sample_key
 from kvstore.testing.harness import key_of
 from kvstore.tier import IO_ALIGN, PutItem, ReadItem
 from kvstore.tiers import fsck, resize
-from kvstore.tiers.directio import PosixIo, aligned_buffer, page_up
+from kvstore.tiers.directio import PosixIo, page_up
 from kvstore.tiers.index import ChunkEntry
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.volume import journal_pages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvstore.outcome import Reason
 from kvstore.testing.harness import key_of
 from kvstore.tiers.extents import ExtentAllocator
 from kvstore.tiers.groupcommit import Ticket
@@ -22,8 +23,9 @@ def fill(space: VolumeSpace, number: int, pages: int, evictions: Ticket | None =
     """Reserve and publish a chunk."""
     ticket = evictions or Ticket()
     reservation, _ = space.reserve(ChunkEntry(key_of(number), 0, pages * PAGE), 0.0, ticket)
-    if reservation is not None:
-        space.publish(reservation.entry)
+    if isinstance(reservation, Reason):
+        return None
+    space.publish(reservation.entry)
     return reservation
 
 
@@ -44,8 +46,8 @@ def test_the_limit_on_entries_evicts_though_there_is_room() -> None:
 def test_the_limit_on_entries_counts_what_is_being_filled() -> None:
     space = new_space(entries_max=1)
     first, _ = space.reserve(ChunkEntry(key_of(1), 0, PAGE), 0.0, Ticket())
-    assert first is not None
-    assert space.reserve(ChunkEntry(key_of(2), 0, PAGE), 0.0, Ticket()) == (None, [])
+    assert isinstance(first, Reservation)
+    assert space.reserve(ChunkEntry(key_of(2), 0, PAGE), 0.0, Ticket()) == (Reason.FULL, [])
     space.abandon(first.entry, quarantine=False)
     assert fill(space, 2, 1) is not None
 

@@ -225,3 +225,9 @@ def _advise_huge(mapping: mmap.mmap) -> bool:
         return not any(f"[{off}]" in _SHMEM_HUGE.read_text() for off in ("never", "deny"))
     except OSError:
         return False
+
+
+def copy_bytes(source: memoryview, target: memoryview) -> int:
+    """Copy `source` to the beginning of `target`, others run meanwhile; answers how many bytes that are."""
+    np.copyto(np.frombuffer(target, dtype=np.uint8)[: source.nbytes], np.frombuffer(source, dtype=np.uint8))
+    return source.nbytes

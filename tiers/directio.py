@@ -13,7 +13,6 @@ EINTR is retried by Python itself (PEP 475).
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import queue
 from collections import deque
@@ -24,6 +23,7 @@ from typing import Any, Protocol, runtime_checkable
 import msgspec
 import numpy as np
 
+from kvstore.buffers import aligned_buffer
 from kvstore.tier import IO_ALIGN
 from kvstore.tiers.pieces import Piece, joined, slice_of
 
@@ -99,11 +99,6 @@ class Span(msgspec.Struct, frozen=True):
     view: memoryview
     position: int
     nbytes: int
-
-
-def aligned_buffer(nbytes: int) -> memoryview:
-    """Writable memory of `nbytes` that starts on a page."""
-    return memoryview(mmap.mmap(-1, nbytes))
 
 
 def address(view: memoryview) -> int:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
-import numpy as np
-
 from kvstore.errors import ConfigError
-from kvstore.keys import KEY_BYTES, ROOT
+from kvstore.keys import ROOT
 from kvstore.outcome import Miss, PutStatus, Reason
-from kvstore.tier import IO_ALIGN, Entry, HandDown, PutItem, ReadItem, Removal, Tier, Usage
-from kvstore.tiers.arena import Arena
+from kvstore.tier import IO_ALIGN, Entry, HandDown, PutItem, ReadItem, Removal, TenantUsage, Tier, Usage
+from kvstore.tiers.arena import Arena, copy_bytes
+from kvstore.tiers.checks import check_key, check_put, check_read
 from kvstore.tiers.eviction_order import NATIVE, attach
 from kvstore.tiers.expiry import Expiry
 from kvstore.tiers.index import ChunkEntry
@@ -41,13 +40,14 @@ class DramTier(Tier):
         capacity_bytes: the hard bound, rounded down to whole pages; every chunk counts with its padding.
         name: metric label.
         clock: seconds, monotonic; pins and leases expire by it.
-        huge_pages: ask for huge pages; `arena.pages` says what was got.
+        huge_pages: ask for huge pages, which disks fill faster; `arena.pages` says what was got.
         prefault: back the arena with memory at once, in a thread.
         pin_for_cuda: register the arena with CUDA, so that GPUs copy from it directly; `arena.pinned` says if it is.
         numa_node: take the memory from that node and no other; a CXL expander is a node.
         bandwidth_gb_per_second: what the owner of the machine says such memory delivers; 0 if unsaid.
         policy: who is evicted first, one of `kvstore.tiers.policies.registry.EVICTIONS`.
         ttl_seconds: how long a chunk stays unused, see `kvstore.tiers.expiry`; None: until its room is needed.
+        quotas: the most bytes of each tenant, see `kvstore.tiers.quotas`.
 
     Attributes:
         hand_down: offered each chunk that is evicted while its bytes can still be read; set it before the first call.
@@ -66,13 +66,14 @@ class DramTier(Tier):
         *,
         name: str = "dram",
         clock: Callable[[], float] = time.monotonic,
-        huge_pages: bool = False,
+        huge_pages: bool = True,
         prefault: bool = False,
         pin_for_cuda: bool = False,
         numa_node: int | None = None,
         bandwidth_gb_per_second: float = 0.0,
         policy: str = NATIVE,
         ttl_seconds: float | None = None,
+        quotas: Mapping[str, int] | None = None,
     ) -> None:
         capacity_bytes -= capacity_bytes % IO_ALIGN
         if capacity_bytes < IO_ALIGN:
@@ -88,7 +89,7 @@ class DramTier(Tier):
         self._clock = clock
         self.hand_down: HandDown | None = None
         self._lock = threading.Lock()
-        self._space = ChunkSpace(capacity_bytes)
+        self._space = ChunkSpace(capacity_bytes, quotas or {})
         attach(self._space.index, policy, "", capacity_bytes, asks=False)
         self._expiry = None if ttl_seconds is None else Expiry(self._space.index, ttl_seconds, clock, self._expire)
         self._holdings = Holdings()
@@ -100,18 +101,13 @@ class DramTier(Tier):
     def put(self, items: Sequence[PutItem]) -> list[PutStatus]:
         """Store chunks, evicting the least recently used to make room. Raises ValueError on empty data or a bad key."""
         for item in items:
-            _check_key(item.key, item.parent)
-            if not item.data.nbytes or not item.data.c_contiguous:
-                raise ValueError("PutItem.data is empty or not contiguous; give the bytes of one container")
+            check_put(item)
         return [self._put(item) for item in items]
 
     def read(self, items: Sequence[ReadItem]) -> list[int | Miss]:
         """Copy ranges of chunks into the callers' memory. Raises ValueError on a target or offset that cannot be."""
         for item in items:
-            if not item.target.nbytes or item.target.readonly or not item.target.c_contiguous:
-                raise ValueError("ReadItem.target is empty, read-only or not contiguous; give writable memory")
-            if item.offset < 0:
-                raise ValueError(f"ReadItem.offset is {item.offset}; it must not be negative")
+            check_read(item)
         return [self._read(item) for item in items]
 
     def sizes(self, keys: Sequence[bytes]) -> list[int | None]:
@@ -163,6 +159,16 @@ class DramTier(Tier):
         with self._lock:
             return self._space.index.parents(keys)
 
+    def tenants(self, keys: Sequence[bytes]) -> list[str]:
+        """Whose quota each chunk counts against, "" for nobody's."""
+        with self._lock:
+            return [self._space.quotas.tenant_of(key) for key in keys]
+
+    def tenant_usage(self) -> dict[str, TenantUsage]:
+        """What each tenant has, what is being filled or still read included."""
+        with self._lock:
+            return self._space.quotas.usage()
+
     def scan(self) -> Iterator[Entry]:
         """Every stored chunk, least recently used first, as of the call."""
         with self._lock:
@@ -191,7 +197,7 @@ class DramTier(Tier):
             if self._closed:
                 return
             self._closed, self._expiry = True, None
-            self._space = ChunkSpace(self.capacity_bytes)
+            self._space = ChunkSpace(self.capacity_bytes, {})
             self._holdings = Holdings()
         self.arena.close()
 
@@ -205,15 +211,17 @@ class DramTier(Tier):
                 return entry
             return self._begin_lease(entry, owner, None if ttl_seconds is None else self._clock() + ttl_seconds)
 
-    def reserve(self, key: bytes, nbytes: int, *, parent: bytes = ROOT, owner: str = "") -> DramSlot | PutStatus:
+    def reserve(
+        self, key: bytes, nbytes: int, *, parent: bytes = ROOT, owner: str = "", tenant: str = ""
+    ) -> DramSlot | PutStatus:
         """Reserve a place for a chunk, evicting if need be. Raises ValueError on a bad key or size."""
-        _check_key(key, parent)
+        check_key(key, parent)
         if nbytes < 1:
             raise ValueError(f"nbytes is {nbytes}; a chunk has at least one byte")
         if self.hand_down is not None:
-            self._hand_down(self.hand_down, key, nbytes, parent)
+            self._hand_down(self.hand_down, key, nbytes, parent, tenant)
         with self._lock:
-            return self._reserve(key, nbytes, parent, owner)
+            return self._reserve(key, nbytes, parent, owner, tenant)
 
     def release_owner(self, owner: str) -> int:
         """End every lease and unfinished slot of an owner; answers how many."""
@@ -224,11 +232,11 @@ class DramTier(Tier):
         return len(holdings)
 
     def _put(self, item: PutItem) -> PutStatus:
-        slot = self.reserve(item.key, item.data.nbytes, parent=item.parent)
+        slot = self.reserve(item.key, item.data.nbytes, parent=item.parent, tenant=item.tenant)
         if isinstance(slot, PutStatus):
             return slot
         try:
-            np.copyto(np.frombuffer(slot.view, dtype=np.uint8), np.frombuffer(item.data, dtype=np.uint8))
+            copy_bytes(item.data, slot.view)
             lease = self._end_slot(slot, item.data.nbytes)
         finally:
             slot.abort()
@@ -248,8 +256,7 @@ class DramTier(Tier):
             self._space.index.start_reading(entry)
             source = self.arena.view(entry.offset + item.offset, count)
         try:
-            target = np.frombuffer(item.target, dtype=np.uint8)
-            np.copyto(target[:count], np.frombuffer(source, dtype=np.uint8))
+            copy_bytes(source, item.target)
         finally:
             with self._lock:
                 if not self._closed:
@@ -257,7 +264,7 @@ class DramTier(Tier):
                 self._counters["read_bytes"] += count
         return count
 
-    def _hand_down(self, hand_down: HandDown, key: bytes, nbytes: int, parent: bytes) -> None:
+    def _hand_down(self, hand_down: HandDown, key: bytes, nbytes: int, parent: bytes, tenant: str) -> None:
         """Evict one after the other, each handed down before its bytes are free, until there is room for a chunk.
 
         Who comes in between may take the room; what `_reserve` then evicts is not handed down.
@@ -268,13 +275,14 @@ class DramTier(Tier):
                 self._end_expired()
                 if self._closed or space.index.get(key) is not None or space.is_filling(key):
                     return
-                entry = space.start_leaving(nbytes, parent, self._clock())
+                entry = space.start_leaving(nbytes, parent, self._clock(), tenant)
                 if entry is None:
                     return
-                self._count_left([Entry(entry.key, entry.parent, entry.nbytes)])
+                left = Entry(entry.key, entry.parent, entry.nbytes, space.quotas.tenant_at(entry.offset))
+                self._count_left([left])
                 source = self.arena.view(entry.offset, entry.nbytes)
             try:
-                hand_down(Entry(entry.key, entry.parent, entry.nbytes), partial(_copy_to, source=source))
+                hand_down(left, partial(copy_bytes, source))
             finally:
                 with self._lock:
                     space.stop_reading(entry)
@@ -309,7 +317,7 @@ class DramTier(Tier):
         self.listener.removed([Entry(key, entry.parent, entry.nbytes)], Removal.DELETED)
         return True
 
-    def _reserve(self, key: bytes, nbytes: int, parent: bytes, owner: str) -> DramSlot | PutStatus:
+    def _reserve(self, key: bytes, nbytes: int, parent: bytes, owner: str, tenant: str) -> DramSlot | PutStatus:
         if self._closed:
             return PutStatus(stored=False, reason=Reason.UNAVAILABLE, detail=_CLOSED)
         if (entry := self._live([key])[0] or self._space.index.get(key)) is not None:
@@ -318,9 +326,9 @@ class DramTier(Tier):
         if self._space.is_filling(key):
             return PutStatus(stored=False, reason=Reason.BUSY, detail="another writer is storing this chunk")
         self._end_expired()
-        place, evicted = self._space.reserve(key, nbytes, parent, self._clock())
+        place, evicted = self._space.reserve(key, nbytes, parent, self._clock(), tenant)
         if isinstance(place, Reason):
-            detail = f"chunk of {nbytes} bytes, dram tier of {self.capacity_bytes}"
+            detail = f"chunk of {nbytes} bytes, dram tier of {self.capacity_bytes}{self._space.quotas.said_of(tenant)}"
             return PutStatus(stored=False, reason=place, detail=detail)
         if evicted:
             self._count_left(evicted)
@@ -384,14 +392,3 @@ class DramTier(Tier):
             if self._space.is_doomed(slot.entry):
                 self._delete(slot.entry.key)
             return lease
-
-
-def _copy_to(target: memoryview, *, source: memoryview) -> int:
-    np.copyto(np.frombuffer(target, dtype=np.uint8), np.frombuffer(source, dtype=np.uint8))
-    return len(source)
-
-
-def _check_key(key: bytes, parent: bytes) -> None:
-    for field, value in (("key", key), ("parent key", parent)):
-        if len(value) != KEY_BYTES:
-            raise ValueError(f"{field} has {len(value)} bytes; it must have {KEY_BYTES}")

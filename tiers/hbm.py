@@ -17,10 +17,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from kvstore.errors import ConfigError
-from kvstore.keys import KEY_BYTES, ROOT
+from kvstore.keys import ROOT
 from kvstore.outcome import Miss, PutStatus, Reason
 from kvstore.sizes import parse_bytes
 from kvstore.tier import IO_ALIGN, Entry, HandDown, PutItem, ReadItem, Removal, Tier, Usage
+from kvstore.tiers.checks import check_key, check_put, check_read
 from kvstore.tiers.hbm_blocks import Blocks, LanesBusyError
 from kvstore.tiers.hbm_space import BlockEntry, BlockSpace, Room
 
@@ -93,9 +94,7 @@ class HbmTier(Tier):
     def put(self, items: Sequence[PutItem]) -> list[PutStatus]:
         """Store chunks, evicting the least recently used to make room. Raises ValueError on empty data or a bad key."""
         for item in items:
-            _check_key(item.key, item.parent)
-            if not item.data.nbytes or not item.data.c_contiguous:
-                raise ValueError("PutItem.data is empty or not contiguous; give the bytes of one container")
+            check_put(item)
         return [self._put_item(item) for item in items]
 
     def adopt(self, key: bytes, data: torch.Tensor, *, parent: bytes = ROOT) -> PutStatus:
@@ -109,7 +108,7 @@ class HbmTier(Tier):
         Raises:
             ValueError: a bad key, or data of another shape, type or device.
         """
-        _check_key(key, parent)
+        check_key(key, parent)
         pool = self.memory.pool
         if data.dtype != pool.dtype or data.dim() != 1 or not len(data) or data.device != pool.device:
             raise ValueError(f"data must be the container's bytes, one axis of uint8 on {pool.device}")
@@ -120,10 +119,7 @@ class HbmTier(Tier):
     def read(self, items: Sequence[ReadItem]) -> list[int | Miss]:
         """Copy ranges of chunks into host memory. Raises ValueError on a target or offset that cannot be."""
         for item in items:
-            if not item.target.nbytes or item.target.readonly or not item.target.c_contiguous:
-                raise ValueError("ReadItem.target is empty, read-only or not contiguous; give writable memory")
-            if item.offset < 0:
-                raise ValueError(f"ReadItem.offset is {item.offset}; it must not be negative")
+            check_read(item)
         return [self._read(item) for item in items]
 
     def hold(self, key: bytes) -> HbmHold | Miss:
@@ -380,9 +376,3 @@ class HbmHold:
 
 def _entry(entry: BlockEntry) -> Entry:
     return Entry(entry.key, entry.parent, entry.nbytes)
-
-
-def _check_key(key: bytes, parent: bytes) -> None:
-    for field, value in (("key", key), ("parent key", parent)):
-        if len(value) != KEY_BYTES:
-            raise ValueError(f"{field} has {len(value)} bytes; it must have {KEY_BYTES}")

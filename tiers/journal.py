@@ -32,11 +32,12 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from kvstore import kernels
+from kvstore.buffers import aligned_buffer
 from kvstore.keys import KEY_BYTES
 from kvstore.tier import IO_ALIGN
 from kvstore.tiers import bad_places
 from kvstore.tiers.catalog import Position
-from kvstore.tiers.directio import ParallelFile, Span, aligned_buffer
+from kvstore.tiers.directio import ParallelFile, Span
 from kvstore.tiers.evidence import Evidence, Kind
 from kvstore.tiers.records import RECORD_BYTES, Operation
 

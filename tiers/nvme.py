@@ -40,17 +40,18 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from kvstore.errors import TierError
-from kvstore.keys import KEY_BYTES, ROOT
+from kvstore.keys import ROOT
 from kvstore.outcome import Miss, PutStatus, Reason
-from kvstore.tier import Entry, PutItem, ReadItem, Removal, Tier, TierListener, Usage
+from kvstore.tier import Entry, PutItem, ReadItem, Removal, TenantUsage, Tier, TierListener, Usage
 from kvstore.tiers.backends import open_backend
+from kvstore.tiers.checks import check_put, check_read
 from kvstore.tiers.directio import PIECE_BYTES_DEFAULT, THREADS_DEFAULT, Io
 from kvstore.tiers.disk import VolumeOptions
 from kvstore.tiers.eviction_order import NATIVE, attach
@@ -86,6 +87,8 @@ class NvmeTier(Tier):
         admission: who may enter, one of `ADMISSIONS` there; empty for what the policy brings. Chunks that are
             `required` always may.
         ttl_seconds: how long a chunk stays unused, see `kvstore.tiers.expiry`; None: until its room is needed.
+        quotas: the most bytes of each tenant, see `kvstore.tiers.quotas`; whose the chunks are is saved at a flush and
+            when the tier is closed.
         clock: seconds that pins expire by.
         io_backend: how bytes move, one of `kvstore.tiers.backends.BACKENDS`.
         io: the system calls, in place of a back end's.
@@ -114,6 +117,7 @@ class NvmeTier(Tier):
         policy: str = NATIVE,
         admission: str = "",
         ttl_seconds: float | None = None,
+        quotas: Mapping[str, int] | None = None,
         clock: Callable[[], float] = time.monotonic,
         io_backend: str = "posix",
         io: Io | None = None,
@@ -138,6 +142,7 @@ class NvmeTier(Tier):
             order = attach(self._volume.space.index, policy, admission, self._volume.data_bytes, asks=True)
             if ttl_seconds is not None:
                 self._volume.start_expiry(ttl_seconds, clock)
+            self._volume.limit_tenants(quotas or {}, clock)
         except BaseException:
             self._volume.close()
             raise
@@ -159,7 +164,7 @@ class NvmeTier(Tier):
     def put(self, items: Sequence[PutItem]) -> list[PutStatus]:
         """Store chunks; returns when they are durable. See `Tier.put`."""
         for item in items:
-            _check_put(item)
+            check_put(item)
         if not self._enter():
             return [PutStatus(stored=False, reason=Reason.UNAVAILABLE, detail=_CLOSED)] * len(items)
         try:
@@ -176,7 +181,7 @@ class NvmeTier(Tier):
     def read(self, items: Sequence[ReadItem]) -> list[int | Miss]:
         """Fill targets, see `Tier.read`: straight from the device where target and offset are aligned."""
         for item in items:
-            _check_read(item)
+            check_read(item)
         if not self._enter():
             return [Miss(Reason.UNAVAILABLE, _CLOSED)] * len(items)
         try:
@@ -265,6 +270,16 @@ class NvmeTier(Tier):
         """The chunk before each in its chain, ROOT where there is none."""
         with self._volume.lock:
             return [ROOT] * len(keys) if self._closed else self._volume.space.index.parents(keys)
+
+    def tenants(self, keys: Sequence[bytes]) -> list[str]:
+        """Whose quota each chunk counts against, "" for nobody's."""
+        with self._volume.lock:
+            return [""] * len(keys) if self._closed else [self._volume.space.quotas.tenant_of(key) for key in keys]
+
+    def tenant_usage(self) -> dict[str, TenantUsage]:
+        """What each tenant has, what is being written or still read included."""
+        with self._volume.lock:
+            return self._volume.space.quotas.usage()
 
     def scan(self) -> Iterator[Entry]:
         """Every stored chunk, least recently used first, as of the call."""
@@ -365,21 +380,3 @@ def _directories(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     if not paths or len({one.resolve() for one in paths}) < len(paths):
         raise ValueError("path names no directory, or one of them twice; a volume has a directory of its own")
     return paths
-
-
-def _check_put(item: PutItem) -> None:
-    """Raise ValueError on a caller's mistake."""
-    for field, key in (("key", item.key), ("parent key", item.parent)):
-        if len(key) != KEY_BYTES:
-            raise ValueError(f"{field} has {len(key)} bytes; it must have {KEY_BYTES}")
-    if not item.data.nbytes or not item.data.c_contiguous or item.data.itemsize != 1:
-        raise ValueError("data must be contiguous bytes, at least one")
-
-
-def _check_read(item: ReadItem) -> None:
-    """Raise ValueError on a caller's mistake."""
-    target = item.target
-    if target.readonly or not target.nbytes or not target.c_contiguous or target.itemsize != 1:
-        raise ValueError("target must be writable contiguous bytes, at least one")
-    if item.offset < 0:
-        raise ValueError(f"offset is {item.offset}; it must not be negative")

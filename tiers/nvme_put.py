@@ -127,7 +127,7 @@ class PutPath:
                 outcome = self._reserve(item, evictions, Wish(self._end_of_parent(item), runs[index]))
                 if isinstance(outcome, _Filling):
                     own[index] = outcome
-                elif outcome.reason is Reason.FULL and own:
+                elif outcome.reason in (Reason.FULL, Reason.OVER_QUOTA) and own:
                     break  # the rest waits until this wave can be evicted
                 else:
                     statuses[index] = outcome
@@ -161,10 +161,11 @@ class PutPath:
         if volume.broken:
             return _refused(Reason.IO_ERROR, volume.broken)
         entry = ChunkEntry(item.key, 0, nbytes, index.next_access(), item.parent)
-        reservation, victims = volume.space.reserve(entry, self._clock(), evictions, wish)
+        reservation, victims = volume.space.reserve(entry, self._clock(), evictions, wish, item.tenant)
         volume.count_evictions(victims)
-        if reservation is None:
-            return _refused(Reason.FULL, f"no room for {nbytes} bytes beside what is pinned, read or written")
+        if isinstance(reservation, Reason):
+            said = volume.space.quotas.said_of(item.tenant)
+            return _refused(reservation, f"no room for {nbytes} bytes beside what is pinned, read or written{said}")
         filling = self._filling[item.key] = _Filling(reservation, item.data, threading.Event())
         return filling
 

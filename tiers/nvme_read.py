@@ -10,11 +10,12 @@ from typing import Any
 import msgspec
 
 from kvstore import container
+from kvstore.buffers import aligned_buffer
 from kvstore.errors import ContainerError
 from kvstore.outcome import Miss, Reason
 from kvstore.tier import ReadItem, Removal
 from kvstore.tiers.bad_places import is_passing
-from kvstore.tiers.directio import Span, aligned_buffer, page_up
+from kvstore.tiers.directio import Span, page_up
 from kvstore.tiers.index import ChunkEntry
 from kvstore.tiers.open_volume import OpenVolume
 from kvstore.verifying import BadChunk, Verified

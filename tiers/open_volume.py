@@ -21,6 +21,7 @@ from kvstore.tiers.index import ChunkEntry
 from kvstore.tiers.records import Row, pack_record
 from kvstore.tiers.resize import leaving
 from kvstore.tiers.saved_marks import load_marks, save_marks
+from kvstore.tiers.saved_tenants import load_tenants, save_tenants
 from kvstore.tiers.stripes import StripedCommitter, StripedExtents, StripedFile
 from kvstore.tiers.volume import (
     BASE_BITS,
@@ -39,6 +40,8 @@ COMMIT_WAIT_SECONDS = 60.0
 """How long a call waits for a commit; one takes milliseconds unless the device is in trouble."""
 ACCESSES_PER_CHECKPOINT = 4096
 """How many changed access numbers ride along with a checkpoint that happens anyway."""
+TENANT_KEYS_AT_ONCE = 1024
+"""How many chunks are asked whose they are under one hold of the lock."""
 
 
 class OpenVolume:
@@ -198,6 +201,32 @@ class OpenVolume:
         """Let chunks leave that are not used for so long. Raises ConfigError unless it is positive."""
         self.expiry = Expiry(self.space.index, ttl_seconds, clock, self._expire, load_marks(self.path, clock))
 
+    def limit_tenants(self, quotas: Mapping[str, int], clock: Callable[[], float]) -> None:
+        """Keep each tenant to its quota; what it has beyond it leaves. Raises ConfigError if one is negative."""
+        self.space.limit_tenants(quotas)
+        for key, tenant in load_tenants(self.path) if quotas else ():
+            if (entry := self.space.index.get(key)) is not None:
+                self.space.quotas.recognise(tenant, entry)
+        with self.lock:
+            ticket = self.ticket()
+            self.count_evictions(self.space.leave_over_quota(clock(), ticket))
+            if ticket.operations:
+                self.committer.submit(ticket)
+
+    def _save_tenants(self) -> None:
+        """Save whose the chunks are, if tenants are told apart."""
+        quotas = self.space.quotas
+        with self.lock:
+            keys = quotas.keys()
+        for tenant, some in keys.items():
+            keys[tenant] = []
+            for start in range(0, len(some), TENANT_KEYS_AT_ONCE):
+                with self.lock:
+                    batch = set(some[start : start + TENANT_KEYS_AT_ONCE])
+                    keys[tenant] += [key for key in batch if quotas.tenant_of(key) == tenant]
+        if keys:
+            save_tenants(self.path, keys)
+
     def sweep(self, keys: Sequence[bytes]) -> None:
         """Let some chunks leave that have expired, those of `keys` first."""
         if self.expiry is not None:
@@ -255,6 +284,7 @@ class OpenVolume:
         if not ticket.done.wait(COMMIT_WAIT_SECONDS) or ticket.error is not None:
             raise TierError(f"the catalog of {self.path} cannot be written: {ticket.error or 'no answer'}")
         self._save_ages(always=True)
+        self._save_tenants()
 
     def close(self) -> None:
         """Flush if that is possible and release everything."""

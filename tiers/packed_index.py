@@ -59,6 +59,9 @@ class PackedIndex(Index):
 
     def _touch(self, keys: Sequence[bytes]) -> None:
         self._access = self._table.touch(keys, self._access)
+        for key in keys if self._pinned or self._reading else ():
+            if (entry := self._held(key)) is not None and (row := self._table.get(key)) is not None:
+                entry.access = row[3]
 
     def take_used(self, limit: int | None = None) -> list[ChunkEntry]:
         return [_entry(row) for row in self._table.take_used(len(self) if limit is None else limit)]

@@ -44,6 +44,12 @@ def available() -> list[str]:
     return sorted(_kinds())
 
 
+def keeps_quotas(kind: str) -> bool:
+    """True if tiers of that kind can limit what each tenant has."""
+    kinds = _kinds()
+    return kind in kinds and "quotas" in inspect.signature(kinds[kind].load()).parameters
+
+
 def open_tier(kind: str, *, name: str, capacity_bytes: int, **options: Any) -> Tier:
     """A new tier of that kind.
 

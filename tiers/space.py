@@ -7,20 +7,22 @@ it, and freed with its last reader).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from kvstore.outcome import Reason
 from kvstore.tier import IO_ALIGN, Entry, Usage
 from kvstore.tiers.extents import ExtentAllocator
 from kvstore.tiers.index import ChunkEntry, ChunkIndex
+from kvstore.tiers.quotas import Quotas
 
 
 class ChunkSpace:
-    """Places for chunks within `capacity_bytes`, a positive multiple of IO_ALIGN."""
+    """Places for chunks within `capacity_bytes`, a positive multiple of IO_ALIGN, and within the tenants' quotas."""
 
-    def __init__(self, capacity_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, quotas: Mapping[str, int]) -> None:
         self.index = ChunkIndex()
         self._extents = ExtentAllocator(capacity_bytes, IO_ALIGN)
+        self.quotas = Quotas(self.index, self.padded, quotas)
         self._filling: dict[bytes, ChunkEntry] = {}
         self._orphans: dict[int, ChunkEntry] = {}
         self._doomed: set[int] = set()
@@ -33,35 +35,44 @@ class ChunkSpace:
         """True if a place is reserved for the key."""
         return key in self._filling
 
-    def reserve(self, key: bytes, nbytes: int, parent: bytes, now: float) -> tuple[ChunkEntry | Reason, list[Entry]]:
+    def reserve(
+        self, key: bytes, nbytes: int, parent: bytes, now: float, tenant: str = ""
+    ) -> tuple[ChunkEntry | Reason, list[Entry]]:
         """A place for a chunk that is neither indexed nor being filled, and what was evicted for it.
 
-        The least recently used leave until there is a run that long. If that cannot succeed, because what is protected
-        leaves no such run, nobody leaves and the reason is `full`.
+        The tenant's own leave while it would have more than its quota, then the least recently used until there is a
+        run that long. If that cannot succeed, because of what is protected, nobody leaves and there is a reason.
         """
         if nbytes > self._extents.capacity_bytes:
             return Reason.TOO_LARGE, []
+        own = self.quotas.leaving(tenant, self.padded(nbytes), now, parent)
+        if isinstance(own, Reason):
+            self.quotas.refuse(tenant)
+            return own, []
         evicted: list[Entry] = []
-        offset = self._extents.allocate(nbytes)
+        offset = None if own else self._extents.allocate(nbytes)
         if offset is None:
             if self._longest_run_bytes(now) < self.padded(nbytes):
                 return Reason.FULL, []
-            evicted = self._evict_until(self.padded(nbytes), now, parent)
+            evicted = self._evict_until(self.padded(nbytes), now, parent, own)
             offset = self._extents.allocate(nbytes)
             assert offset is not None, "evicting everything unprotected makes the longest possible run"
         entry = ChunkEntry(key, offset, nbytes, parent=parent)
         self._filling[key] = entry
+        self.quotas.charge(tenant, offset, self.padded(nbytes))
         return entry, evicted
 
-    def start_leaving(self, nbytes: int, parent: bytes, now: float) -> ChunkEntry | None:
+    def start_leaving(self, nbytes: int, parent: bytes, now: float, tenant: str = "") -> ChunkEntry | None:
         """The chunk that leaves next so that there is room for a child of `parent`; None if there is, or cannot be.
 
         It is not found any more, and keeps its bytes until `stop_reading`.
         """
         run_bytes = self.padded(nbytes)
-        if self._extents.largest_free_bytes >= run_bytes or self._longest_run_bytes(now) < run_bytes:
+        own = self.quotas.leaving(tenant, run_bytes, now, parent)
+        has_room = not own and self._extents.largest_free_bytes >= run_bytes
+        if isinstance(own, Reason) or has_room or self._longest_run_bytes(now) < run_bytes:
             return None
-        entry = next(self.index.oldest(now, parent))
+        entry = own[0] if own else next(self.index.oldest(now, parent))
         self.index.start_reading(entry)
         self.remove(entry)
         return entry
@@ -83,14 +94,16 @@ class ChunkSpace:
         rest = self.padded(entry.nbytes) - self.padded(nbytes)
         if rest:
             self._extents.free(entry.offset + self.padded(nbytes), rest)
+            self.quotas.shrink(entry.offset, rest)
         entry.nbytes = nbytes
         self.index.add(entry)
+        self.quotas.added(entry)
 
     def abandon(self, entry: ChunkEntry) -> None:
         """Free a place that was reserved and will not be filled."""
         self._doomed.discard(entry.offset)
         del self._filling[entry.key]
-        self._extents.free(entry.offset, entry.nbytes)
+        self._free(entry)
 
     def remove(self, entry: ChunkEntry) -> None:
         """Forget an indexed chunk; its bytes stay until its last reader stops."""
@@ -98,14 +111,14 @@ class ChunkSpace:
         if entry.readers:
             self._orphans[entry.offset] = entry
         else:
-            self._extents.free(entry.offset, entry.nbytes)
+            self._free(entry)
 
     def stop_reading(self, entry: ChunkEntry) -> None:
         """End one `index.start_reading`; frees an orphan with its last reader."""
         self.index.stop_reading(entry)
         if not entry.readers and self._orphans.get(entry.offset) is entry:
             del self._orphans[entry.offset]
-            self._extents.free(entry.offset, entry.nbytes)
+            self._free(entry)
 
     def usage(self, now: float) -> Usage:
         """What the space holds now; whatever cannot be evicted counts as pinned."""
@@ -130,14 +143,20 @@ class ChunkSpace:
             end = offset + self.padded(nbytes)
         return max(longest, self._extents.capacity_bytes - end)
 
-    def _evict_until(self, run_bytes: int, now: float, parent: bytes) -> list[Entry]:
-        """Evict until a free run of that length exists for a child of `parent`."""
-        victims = []
-        for entry in self.index.oldest(now, parent):
-            self._extents.free(entry.offset, entry.nbytes)
+    def _free(self, entry: ChunkEntry) -> None:
+        self._extents.free(entry.offset, entry.nbytes)
+        self.quotas.release(entry.offset, self.padded(entry.nbytes))
+
+    def _evict_until(self, run_bytes: int, now: float, parent: bytes, first: Sequence[ChunkEntry]) -> list[Entry]:
+        """Evict the `first`, then others until a free run of that length exists for a child of `parent`."""
+        for entry in first:
+            self.remove(entry)
+        victims: list[ChunkEntry] = []
+        for entry in self.index.oldest(now, parent) if self._extents.largest_free_bytes < run_bytes else ():
+            self._free(entry)
             victims.append(entry)
             if self._extents.largest_free_bytes >= run_bytes:
                 break
         for entry in victims:
             self.index.remove(entry)
-        return [Entry(entry.key, entry.parent, entry.nbytes) for entry in victims]
+        return [Entry(entry.key, entry.parent, entry.nbytes) for entry in (*first, *victims)]

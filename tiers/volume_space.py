@@ -8,16 +8,18 @@ reserved at once, but must not be written to before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from kvstore.keys import ROOT
+from kvstore.outcome import Reason
 from kvstore.tier import Usage
 from kvstore.tiers.bad_places import Place
 from kvstore.tiers.extents import ExtentAllocator
 from kvstore.tiers.groupcommit import Ticket
 from kvstore.tiers.index import ChunkEntry, Index
+from kvstore.tiers.quotas import Quotas
 from kvstore.tiers.records import Operation
 from kvstore.tiers.stripes import StripedExtents
 
@@ -58,35 +60,48 @@ class VolumeSpace:
     ) -> None:
         self.index = index
         self._extents = extents
+        self.quotas = Quotas(index, self.padded, {})
         self._entries_max = entries_max
         self._filling = 0
         self._held = {start: ChunkEntry(ROOT, start, end - start) for start, end in bad_places}
         self._orphans: set[int] = set()
         self._unsettled: dict[Ticket, list[tuple[int, int]]] = {}
 
+    def limit_tenants(self, quotas: Mapping[str, int]) -> None:
+        """Keep each tenant to its quota from now on; what is there counts for nobody, until it is said whose it is."""
+        self.quotas = Quotas(self.index, self.padded, quotas)
+
     def padded(self, nbytes: int) -> int:
         """Bytes that a chunk of `nbytes` takes."""
         return self._extents.padded(nbytes)
 
     def reserve(
-        self, entry: ChunkEntry, now: float, evictions: Ticket, wish: Wish = ANYWHERE
-    ) -> tuple[Reservation | None, list[ChunkEntry]]:
+        self, entry: ChunkEntry, now: float, evictions: Ticket, wish: Wish = ANYWHERE, tenant: str = ""
+    ) -> tuple[Reservation | Reason, list[ChunkEntry]]:
         """Find a place for a chunk, set `entry.offset`, and answer it with the chunks evicted for it.
 
-        The least recently used leave until there is a run that long and as much is free as the wish speaks of, at most
-        half of the space; the deletion of their records is added to `evictions`. If that cannot succeed, because what
-        is protected leaves no such run, nobody leaves and there is no reservation.
+        The tenant's own leave while it would have more than its quota, then the least recently used until there is a
+        run that long and as much is free as the wish speaks of, at most half of the space; the deletion of their
+        records is added to `evictions`. If that cannot succeed, because of what is protected, nobody leaves and there
+        is a reason.
         """
+        own = self.quotas.leaving(tenant, self.padded(entry.nbytes), now, entry.parent)
+        if isinstance(own, Reason):
+            self.quotas.refuse(tenant)
+            return own, []
+        if own and self._longest_run_bytes(now) < self.padded(entry.nbytes):
+            return Reason.FULL, []
+        self._leave(own, evictions)
         free_slots = self._entries_max - len(self.index) - self._filling
         offset = self._allocate(entry, wish) if free_slots > 0 else None
         victims: list[ChunkEntry] = []
         if offset is None:
-            if self._longest_run_bytes(now) < self.padded(entry.nbytes):
-                return None, []
+            if not own and self._longest_run_bytes(now) < self.padded(entry.nbytes):
+                return Reason.FULL, []
             room_bytes = min(wish.run_bytes, self._extents.capacity_bytes // 2)
             for victim in self.index.oldest(now, entry.parent):
                 victims.append(victim)
-                self._extents.free(victim.offset, victim.nbytes)
+                self._free(victim)
                 if self._extents.free_bytes >= room_bytes and free_slots + len(victims) > 0:
                     offset = self._allocate(entry, wish)
                 if offset is not None:
@@ -95,11 +110,18 @@ class VolumeSpace:
                 offset = self._allocate(entry, wish)
             self._forget(victims, evictions)
             if offset is None:  # every slot belongs to a chunk that is protected or being filled
-                return None, victims
+                return Reason.FULL, own + victims
         entry.offset = offset
         self._filling += 1
         self._held[offset] = entry
-        return Reservation(entry, self._tickets_of(offset, self.padded(entry.nbytes))), victims
+        self.quotas.charge(tenant, offset, self.padded(entry.nbytes))
+        return Reservation(entry, self._tickets_of(offset, self.padded(entry.nbytes))), own + victims
+
+    def leave_over_quota(self, now: float, ticket: Ticket) -> list[ChunkEntry]:
+        """Evict what tenants have beyond their quotas, as far as it may leave; answers who left."""
+        victims = [entry for tenant in self.quotas.usage() for entry in self.quotas.over(tenant, now)]
+        self._leave(victims, ticket)
+        return victims
 
     def _allocate(self, entry: ChunkEntry, wish: Wish) -> int | None:
         return self._extents.allocate(entry.nbytes, behind=wish.behind, run_bytes=wish.run_bytes)
@@ -118,9 +140,7 @@ class VolumeSpace:
             if missing < 0:
                 break
             victims.append(entry)
-        for entry in victims:
-            self._extents.free(entry.offset, entry.nbytes)
-        self._forget(victims, ticket)
+        self._leave(victims, ticket)
         return victims
 
     def publish(self, entry: ChunkEntry) -> None:
@@ -128,13 +148,16 @@ class VolumeSpace:
         self._filling -= 1
         del self._held[entry.offset]
         self.index.add(entry)
+        self.quotas.added(entry)
 
     def abandon(self, entry: ChunkEntry, *, quarantine: bool) -> None:
         """Give up a chunk being filled. Its extent becomes free, or with `quarantine` is never used again."""
         self._filling -= 1
-        if not quarantine:
+        if quarantine:
+            self.quotas.release(entry.offset, self.padded(entry.nbytes))
+        else:
             del self._held[entry.offset]
-            self._extents.free(entry.offset, entry.nbytes)
+            self._free(entry)
 
     def remove(self, entry: ChunkEntry, ticket: Ticket, *, quarantine: bool = False) -> None:
         """Forget an indexed chunk and add the deletion of its record to `ticket`.
@@ -144,10 +167,12 @@ class VolumeSpace:
         self._forget([entry], ticket)
         if quarantine or entry.readers:
             self._held[entry.offset] = entry
-            if not quarantine:
+            if quarantine:
+                self.quotas.release(entry.offset, self.padded(entry.nbytes))
+            else:
                 self._orphans.add(entry.offset)
         else:
-            self._extents.free(entry.offset, entry.nbytes)
+            self._free(entry)
 
     def stop_reading(self, entry: ChunkEntry) -> None:
         """End one `index.start_reading`; frees the extent of a deleted chunk with its last reader."""
@@ -155,7 +180,7 @@ class VolumeSpace:
         if not entry.readers and entry.offset in self._orphans and self._held[entry.offset] is entry:
             self._orphans.remove(entry.offset)
             del self._held[entry.offset]
-            self._extents.free(entry.offset, entry.nbytes)
+            self._free(entry)
 
     def settle(self, ticket: Ticket) -> None:
         """The deletions in `ticket` are durable: nothing names the extents of those chunks any more."""
@@ -174,6 +199,16 @@ class VolumeSpace:
             entries=len(self.index),
             pinned_bytes=sum(self.padded(entry.nbytes) for entry in fixed),
         )
+
+    def _free(self, entry: ChunkEntry) -> None:
+        self._extents.free(entry.offset, entry.nbytes)
+        self.quotas.release(entry.offset, self.padded(entry.nbytes))
+
+    def _leave(self, entries: list[ChunkEntry], ticket: Ticket) -> None:
+        """Evict chunks that nobody reads."""
+        for entry in entries:
+            self._free(entry)
+        self._forget(entries, ticket)
 
     def _forget(self, entries: list[ChunkEntry], ticket: Ticket) -> None:
         """Take chunks out of the index and queue the deletion of their records; their extents become unsettled."""

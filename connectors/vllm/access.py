@@ -11,6 +11,7 @@ from kvstore.codecs import registry
 from kvstore.connect import connect
 from kvstore.connectors.prefix import PrefixStore
 from kvstore.connectors.vllm.settings import VllmSettings
+from kvstore.connectors.vllm.weighing import WorkerCosts
 from kvstore.errors import CodecError, ContainerError, KVStoreError
 from kvstore.keys import ROOT, KeyScheme
 from kvstore.outcome import Miss, Reason
@@ -22,18 +23,19 @@ CONNECT_TIMEOUT_MS = 1_000.0
 _log = logging.getLogger(__name__)
 
 
-class StoreAccess:
-    """One connection to the store for all threads of this process. Only the engine's threads in the background use it.
+class Connection:
+    """One connection to a store for all threads of this process. Only the engine's threads in the background use it.
 
     Args:
-        settings: where the store is.
+        url: where the store is.
+        token: bearer token, "" for none.
     """
 
-    def __init__(self, settings: VllmSettings) -> None:
-        self._settings = settings
+    def __init__(self, url: str, token: str) -> None:
+        self._url = url
+        self._token = token
         self._lock = threading.Lock()
         self._client: Client | None = None
-        self._prefixes: PrefixStore | None = None
         self._failure = Miss(Reason.UNAVAILABLE, "not connected yet")
         self._retry_at = 0.0
 
@@ -42,9 +44,7 @@ class StoreAccess:
         with self._lock:
             if self._client is None and time.monotonic() >= self._retry_at:
                 try:
-                    self._client = connect(
-                        self._settings.url, token=self._settings.token or None, timeout_ms=CONNECT_TIMEOUT_MS
-                    )
+                    self._client = connect(self._url, token=self._token or None, timeout_ms=CONNECT_TIMEOUT_MS)
                 except (KVStoreError, OSError) as error:
                     detail = f"{type(error).__name__}: {error}".splitlines()[0]
                     if detail != self._failure.detail:
@@ -52,6 +52,29 @@ class StoreAccess:
                     self._failure = Miss(Reason.UNAVAILABLE, detail)
                     self._retry_at = time.monotonic() + RETRY_SECONDS
             return self._failure if self._client is None else self._client
+
+    def close(self) -> None:
+        """Close the connection. Idempotent."""
+        with self._lock:
+            client, self._client = self._client, None
+            self._retry_at = float("inf")
+            self._failure = Miss(Reason.UNAVAILABLE, "closed")
+        if client is not None:
+            client.close()
+
+
+class StoreAccess(Connection):
+    """A connection with the store of a model's prefixes over it.
+
+    Args:
+        settings: where the store is, and how to use it.
+    """
+
+    def __init__(self, settings: VllmSettings) -> None:
+        super().__init__(settings.url, settings.token)
+        self._settings = settings
+        self.costs = WorkerCosts()
+        self._prefixes: PrefixStore | None = None
 
     def prefixes(self, spec: KVSpec, fingerprint: bytes) -> PrefixStore | Miss:
         """The store of a model's prefixes, or why there is none."""
@@ -69,17 +92,9 @@ class StoreAccess:
                     durable=settings.durable,
                     load_deadline_ms=settings.load_deadline_ms,
                     store_deadline_ms=settings.store_deadline_ms,
+                    costs=self.costs,
                 )
             return self._prefixes
-
-    def close(self) -> None:
-        """Close the connection. Idempotent."""
-        with self._lock:
-            client, self._client = self._client, None
-            self._retry_at = float("inf")
-            self._failure = Miss(Reason.UNAVAILABLE, "closed")
-        if client is not None:
-            client.close()
 
 
 def exact_codec(client: Client) -> str:

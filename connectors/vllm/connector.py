@@ -8,11 +8,8 @@ vLLM makes one instance in its scheduler and one in each worker. No exception le
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -25,6 +22,7 @@ from vllm.distributed.parallel_state import get_tp_group
 
 from kvstore.connectors.vllm.access import StoreAccess, check_codec
 from kvstore.connectors.vllm.geometry import checkpoint_files, read_geometry
+from kvstore.connectors.vllm.hooks import guarded
 from kvstore.connectors.vllm.layouts import kv_views
 from kvstore.connectors.vllm.lookups import Lookups
 from kvstore.connectors.vllm.messages import StepPlan, StepReport
@@ -40,10 +38,6 @@ from kvstore.errors import UnsupportedModelError
 
 RANK_SLACK_SECONDS = 30.0
 """Longest wait of one tensor-parallel rank for another, beyond the deadlines of the store."""
-
-Hook = TypeVar("Hook", bound=Callable[..., Any])
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -63,23 +57,6 @@ class WorkerMetadata(KVConnectorWorkerMetadata):
         """Both workers' words."""
         assert isinstance(other, WorkerMetadata)
         return WorkerMetadata(self.report.merge(other.report))
-
-
-def _guarded(default: Callable[[], Any]) -> Callable[[Hook], Hook]:
-    """Make a hook answer `default()` instead of raising: the store may cost the engine its hits, never a request."""
-
-    def decorate(hook: Hook) -> Hook:
-        @functools.wraps(hook)
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return hook(*args, **kwargs)
-            except Exception:
-                _log.exception("%s failed", hook.__name__)
-                return default()
-
-        return guarded  # type: ignore[return-value]
-
-    return decorate
 
 
 class KVStoreConnector(KVConnectorBase_V1):
@@ -152,13 +129,13 @@ class KVStoreConnector(KVConnectorBase_V1):
         pages = PagedKV(spec, layers, share, self._geometry.block_tokens)
         self._transfers = Transfers(self._settings, self._access, pages, exchange)
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """Stop reading the blocks of preempted requests, before they are written again."""
         if self._transfers is not None:
             self._transfers.abandon(_plan(kv_connector_metadata))
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Start this step's loads, and end those that the forward pass needs."""
         if self._transfers is not None:
@@ -170,23 +147,23 @@ class KVStoreConnector(KVConnectorBase_V1):
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Nothing: chunks of all layers are saved after the forward pass."""
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def wait_for_save(self) -> None:
         """Queue this step's saves; does not wait for them."""
         if self._transfers is not None:
             self._transfers.save(_plan(self._connector_metadata))
 
-    @_guarded(lambda: (None, None))
+    @guarded(lambda: (None, None))
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose blocks are no longer read, and requests whose load has ended."""
         return (None, None) if self._transfers is None else self._transfers.finished()
 
-    @_guarded(set)
+    @guarded(set)
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that could not be loaded."""
         return set() if self._transfers is None else self._transfers.bad_blocks()
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def build_connector_worker_meta(self) -> WorkerMetadata | None:
         """What the scheduler's instance has to know."""
         report = None if self._transfers is None else self._transfers.report()
@@ -194,23 +171,23 @@ class KVStoreConnector(KVConnectorBase_V1):
 
     # The scheduler's side.
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def on_new_request(self, request: Any) -> None:
         """Ask the store about the prompt."""
         self._planner.add(request)
 
-    @_guarded(lambda: (0, False))
+    @guarded(lambda: (0, False))
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that the store has behind those the engine has; None while that is not known."""
         return self._planner.matched(request, num_computed_tokens)
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Plan the load of what is to be loaded into the request's blocks."""
         if num_external_tokens:
             self._planner.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
 
-    @_guarded(Metadata)
+    @guarded(Metadata)
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """What the workers shall do at this step."""
         blocks = scheduler_output.kv_connector_block_state
@@ -221,14 +198,14 @@ class KVStoreConnector(KVConnectorBase_V1):
         )
         return Metadata(plan.named(self._name.now()))
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def update_connector_output(self, connector_output: Any) -> None:
         """Take note of what the workers have done."""
         metadata = connector_output.kv_connector_worker_meta
         if isinstance(metadata, WorkerMetadata):
             self._planner.report(metadata.report)
 
-    @_guarded(lambda: (False, None))
+    @guarded(lambda: (False, None))
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Whether the request's blocks must be kept until they have been saved."""
         return self._planner.finished(request), None
@@ -240,7 +217,7 @@ class KVStoreConnector(KVConnectorBase_V1):
 
     # Both sides.
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def get_kv_connector_stats(self) -> Stats | None:
         """What has been counted since the last call."""
         if self._role is KVConnectorRole.SCHEDULER:
@@ -265,7 +242,7 @@ class KVStoreConnector(KVConnectorBase_V1):
         """The counters on vLLM's Prometheus endpoint."""
         return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
-    @_guarded(lambda: None)
+    @guarded(lambda: None)
     def shutdown(self) -> None:
         """End what is under way, within the store's deadline."""
         if self._transfers is not None:

@@ -131,19 +131,5 @@ def checkpoint_files(vllm_config: Any, settings: VllmSettings) -> list[Path]:
     model = vllm_config.model_config
     directory = Path(model.model)
     if not directory.is_dir():
-        directory = _snapshot(model.model, model.revision, vllm_config.load_config.download_dir)
+        directory = identity.snapshot(model.model, model.revision, vllm_config.load_config.download_dir)
     return identity.weight_files(directory)
-
-
-def _snapshot(name: str, revision: str | None, cache: str | None) -> Path:
-    """Where the hub's cache has a model. Raises UnsupportedModelError if it has not."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, cache_dir=cache, local_files_only=True))
-    except (LocalEntryNotFoundError, ValueError, OSError) as error:
-        raise UnsupportedModelError(
-            f"the weights of {name!r} are neither in a directory nor in the hub's cache, so they cannot be named; "
-            "set weights_identity to a text that changes whenever the weights do"
-        ) from error

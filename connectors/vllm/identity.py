@@ -24,13 +24,15 @@ READ_BYTES = 16 << 20
 READ_THREADS = 4
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
-_COSMETIC = frozenset(
+COSMETIC = frozenset(
     {
         "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "id2label",
         "initializer_range", "label2id", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type",
         "return_dict", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
     }
 )  # fmt: skip
+"""Fields of a configuration that change no numbers."""
+
 _PLAIN_ROPES: dict[str, RopeKind] = {"default": "default", "linear": "linear", "llama3": "llama3"}
 _LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 
@@ -84,6 +86,20 @@ def weight_files(directory: Path) -> list[Path]:
     )
 
 
+def snapshot(name: str, revision: str | None, cache: str | None) -> Path:
+    """Where the hub's cache has a model. Raises UnsupportedModelError if it has not."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError, OSError) as error:
+        raise UnsupportedModelError(
+            f"the weights of {name!r} are neither in a directory nor in the hub's cache, so they cannot be named; "
+            "set weights_identity to a text that changes whenever the weights do"
+        ) from error
+
+
 def checkpoint_digest(files: Sequence[Path]) -> bytes:
     """32-byte digest of the names and bytes of weight files. Raises OSError."""
     with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="kvstore-digest") as pool:
@@ -102,7 +118,7 @@ def stated_digest(identity: str) -> bytes:
 
 def model_fingerprint(spec: KVSpec, weights: bytes, config: Mapping[str, Any], quantisation: str) -> bytes:
     """32-byte name of everything that changes the numbers of a model's KV in vLLM."""
-    numeric = {name: value for name, value in config.items() if name not in _COSMETIC}
+    numeric = {name: value for name, value in config.items() if name not in COSMETIC}
     settings = {"engine": "vllm", "config": msgspec.json.encode(numeric, enc_hook=str, order="sorted").decode()}
     return fingerprint(spec, weights, quantisation=quantisation, settings=settings)
 

@@ -22,12 +22,21 @@ Schemes = Callable[[str], KeyScheme]
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """The keys of a prompt's full chunks, how many leading ones the store has, and when it said so (monotonic)."""
+    """The keys of a prompt's full chunks, what the store has of them, and when it said so (monotonic)."""
 
     chain: list[bytes]
-    chunks: int
-    stop: Miss | None
+    found: Lookup
     at: float
+
+    @property
+    def chunks(self) -> int:
+        """How many leading chunks the store has."""
+        return self.found.chunks
+
+    @property
+    def stop(self) -> Miss | None:
+        """Why it has no more; None if it has all."""
+        return self.found.stop
 
 
 class Lookups:
@@ -49,7 +58,7 @@ class Lookups:
         if not self._free.acquire(blocking=False):
             refused: Future[Answer] = Future()
             stop = Miss(Reason.BUSY, f"{LOOKUPS_MAX} lookups are waiting")
-            refused.set_result(Answer([], 0, stop, time.monotonic()))
+            refused.set_result(Answer([], Lookup((), stop), time.monotonic()))
             return refused
         future = self._pool.submit(self._ask, tokens, cache_salt)
         future.add_done_callback(lambda _: self._free.release())
@@ -67,4 +76,4 @@ class Lookups:
             found = client.lookup(chain) if isinstance(client, Client) else Lookup((), client)
         except Exception as error:  # whatever goes wrong with the store must not reach the engine
             found = Lookup((), Miss(Reason.UNAVAILABLE, f"{type(error).__name__}: {error}".splitlines()[0]))
-        return Answer(chain, found.chunks, found.stop, time.monotonic())
+        return Answer(chain, found, time.monotonic())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from kvstore.outcome import Reason
@@ -10,8 +12,10 @@ from kvstore.outcome import Reason
 class LoadJob(msgspec.Struct, frozen=True, kw_only=True):
     """KV of tokens `start`..`stop` of a request, to be brought into `block_ids`, which hold exactly these tokens.
 
-    `keys` are the chunks that cover them, the first of which is chunk `first_chunk` of the request. With `wait` the
-    step's forward pass needs them; otherwise the request stands still until the load is reported as finished.
+    `keys` are the chunks that cover them, the first of which is chunk `first_chunk` of the request; `tiers` and
+    `nbytes` are where the lookup has found them, and how large. With `wait` the step's forward pass needs them;
+    otherwise the request stands still until the load is reported as finished. `savings_ms` is what each chunk saves
+    the engine, None if that is not known or not asked for; the load takes `deadline_ms` at most.
     """
 
     request_id: str
@@ -21,6 +25,10 @@ class LoadJob(msgspec.Struct, frozen=True, kw_only=True):
     stop: int
     block_ids: list[int]
     wait: bool
+    tiers: list[str]
+    nbytes: list[int]
+    savings_ms: list[float] | None = None
+    deadline_ms: float = math.inf
 
 
 class SaveJob(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,11 +74,23 @@ class FailedLoad(msgspec.Struct, frozen=True):
     reason: Reason
 
 
+class Observation(msgspec.Struct, frozen=True):
+    """What something took: so many container bytes from a tier, or with `codec` decoding one chunk of so many."""
+
+    tier: str
+    nbytes: int
+    ms: float
+    codec: str = ""
+
+
 class StepReport(msgspec.Struct):
-    """Workers to scheduler: save jobs that have ended, by number of workers, and loads that have failed, by request."""
+    """Workers to scheduler: save jobs that have ended, by number of workers, loads that have failed, by request, and
+    what loads and decoding took.
+    """
 
     ended: dict[int, int] = {}
     failed: dict[str, FailedLoad] = {}
+    observations: list[Observation] = []
 
     def merge(self, other: StepReport) -> StepReport:
         """Both workers' reports; of two failed loads of one request the one that stopped first."""
@@ -81,4 +101,4 @@ class StepReport(msgspec.Struct):
         for request_id, failure in other.failed.items():
             known = failed.get(request_id)
             failed[request_id] = failure if known is None or failure.chunk < known.chunk else known
-        return StepReport(ended=ended, failed=failed)
+        return StepReport(ended=ended, failed=failed, observations=self.observations + other.observations)

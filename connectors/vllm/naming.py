@@ -10,8 +10,10 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from kvstore.connectors.shared_identity import check_shareable, shared_fingerprint
 from kvstore.connectors.vllm.identity import checkpoint_digest, model_fingerprint, stated_digest
 from kvstore.connectors.vllm.settings import VllmSettings
+from kvstore.errors import UnsupportedModelError
 from kvstore.keys import KeyScheme
 from kvstore.spec import KVSpec
 
@@ -29,11 +31,20 @@ class ModelName:
         files: its weight files; none if the settings name the weights.
         config: the model's configuration.
         quantisation: the scheme that vLLM quantises the weights with; "" for none.
+
+    Raises:
+        UnsupportedModelError: the model shall be shared with other engines, and cannot be.
     """
 
     def __init__(
         self, settings: VllmSettings, spec: KVSpec, files: list[Path], config: Mapping[str, Any], quantisation: str
     ) -> None:
+        if settings.share_between_engines:
+            if quantisation:
+                raise UnsupportedModelError(
+                    f"share_between_engines: the weights are quantised ({quantisation}), and not in every engine alike"
+                )
+            check_shareable(spec, files, config)
         self._settings = settings
         self._spec = spec
         self._config = config
@@ -69,12 +80,18 @@ class ModelName:
             extras={"cache_salt": cache_salt} if cache_salt else {},
         )
 
+    def _name(self, files: list[Path]) -> bytes:
+        if self._settings.share_between_engines:
+            return shared_fingerprint(self._spec, files)
+        stated = self._settings.weights_identity
+        weights = stated_digest(stated) if stated else checkpoint_digest(files)
+        return model_fingerprint(self._spec, weights, self._config, self._quantisation)
+
     def _read(self, files: list[Path]) -> None:
         future = self._fingerprint
         try:
-            stated = self._settings.weights_identity
-            weights = stated_digest(stated) if stated else checkpoint_digest(files)
-            future.set_result(model_fingerprint(self._spec, weights, self._config, self._quantisation))
+            future.set_result(self._name(files))
+            _log.info("the model's fingerprint is %s", future.result().hex())
         except Exception as error:  # without a name nothing is reused, and the engine goes on
             _log.exception("the weight files could not be read; nothing is reused")
             future.set_exception(error)

@@ -10,14 +10,13 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
-from typing import Any, Protocol
-
-import msgspec
 
 from kvstore.connectors.vllm.lookups import Answer
 from kvstore.connectors.vllm.messages import FailedLoad, LoadJob, SaveJob, StepPlan, StepReport
+from kvstore.connectors.vllm.prefill_clock import PrefillClock
+from kvstore.connectors.vllm.requests import AsksStore, Entry, Request, RunningSave, salt_of, unsupported_input
 from kvstore.connectors.vllm.settings import VllmSettings
+from kvstore.connectors.vllm.weighing import Choice, Weighing
 from kvstore.keys import ROOT, KeyScheme
 from kvstore.outcome import Reason
 
@@ -40,55 +39,6 @@ _DAMAGED = frozenset(
     }
 )  # fmt: skip
 """Reasons that lie in the stored bytes: what is computed instead replaces them."""
-
-
-class Request(Protocol):
-    """What the planner reads of a vLLM request."""
-
-    request_id: str
-    num_computed_tokens: int
-    cache_salt: str | None
-    skip_reading_prefix_cache: bool
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens known: the prompt's and those generated."""
-
-    @property
-    def all_token_ids(self) -> Sequence[int]:
-        """Their ids."""
-
-
-class AsksStore(Protocol):
-    """`lookups.Lookups`, or what stands for it in a test."""
-
-    def ask(self, tokens: Sequence[int], cache_salt: str) -> Future[Answer]:
-        """What the store has of a prompt."""
-
-
-class _Entry(msgspec.Struct):
-    """One request. Counts are of chunks but for `local` and the tokens of the question. `jobs` read its blocks."""
-
-    request: Request
-    question: Future[Answer] | None = None
-    asked_tokens: int = 0
-    asked_at: float = 0.0
-    told_to_wait: bool = False
-    chain: list[bytes] = []
-    local: int = 0
-    limit: int | None = None
-    saved: int = 0
-    replace: int | None = None
-    jobs: set[int] = msgspec.field(default_factory=set)
-
-
-class _Job(msgspec.Struct):
-    """A save that has been given to the workers: `workers` are still at it."""
-
-    request_id: str
-    first_chunk: int
-    chunks: int
-    workers: int
 
 
 class Planner:
@@ -123,14 +73,16 @@ class Planner:
         self._scheme = scheme
         self._reads = reads
         self._writes = writes
-        self._entries: dict[str, _Entry] = {}
-        self._jobs: dict[int, _Job] = {}
+        self._entries: dict[str, Entry] = {}
+        self._jobs: dict[int, RunningSave] = {}
         self._queued_chunks = 0
         self._next_job = 0
         self._loads: list[LoadJob] = []
         self._held: list[str] = []
         self._bad: dict[bytes, float] = {}
         self._bad_order: deque[bytes] = deque()
+        self._weighing = Weighing(settings)
+        self._clock = PrefillClock(self._weighing.costs, tokens_min=settings.chunk_tokens)
         self.epoch = 0
         self.counts: Counter[str] = Counter()
 
@@ -161,6 +113,7 @@ class Planner:
         chunks = self._usable(entry, answer)
         entry.saved = chunks
         in_background = self._settings.load == "async"
+        chunks = self._choice(entry, answer, chunks, local_tokens).chunks
         # What is loaded at once must leave a token to compute; otherwise vLLM takes back the last one itself.
         tokens = min(chunks * self._chunk, request.num_tokens - (not in_background))
         external = tokens // self._block * self._block - local_tokens
@@ -173,15 +126,21 @@ class Planner:
             return
         start, stop = entry.local, entry.local + external_tokens
         first = start // self._chunk
+        keys = entry.chain[first : -(-stop // self._chunk)]
+        choice = entry.choice or Choice(first + len(keys))
         self._loads.append(
             LoadJob(
                 request_id=request.request_id,
-                keys=entry.chain[first : -(-stop // self._chunk)],
+                keys=keys,
                 first_chunk=first,
                 start=start,
                 stop=stop,
                 block_ids=list(block_ids[start // self._block : stop // self._block]),
                 wait=self._settings.load == "sync",
+                tiers=choice.tiers[: len(keys)],
+                nbytes=choice.nbytes[: len(keys)],
+                savings_ms=choice.savings_ms[: len(keys)] if choice.savings_ms is not None else None,
+                deadline_ms=choice.deadline_ms,
             )
         )
 
@@ -193,6 +152,8 @@ class Planner:
     ) -> StepPlan:
         """What the workers shall do at a step that computes `scheduled` tokens of each request."""
         abandoned = [request_id for request_id in preempted if self._interrupt(request_id)]
+        if scheduled:
+            self._clock.step(scheduled, self._entries, waits=any(job.wait for job in self._loads))
         saves = []
         if self._writes:
             for request_id, tokens in scheduled.items():
@@ -217,9 +178,12 @@ class Planner:
             self._end(job_id, workers)
         for request_id, failure in report.failed.items():
             self._failed(request_id, failure)
+        for observation in report.observations:
+            self._weighing.observe(observation)
 
     def finished(self, request: Request) -> bool:
         """The request is over; True if its blocks must be kept until the workers report it as saved."""
+        self._clock.finished(request)
         entry = self._entries.pop(request.request_id, None)
         if entry is None or not entry.jobs:
             return False
@@ -233,7 +197,7 @@ class Planner:
         counts, self.counts = self.counts, Counter()
         return dict(counts)
 
-    def _entry(self, request: Request) -> _Entry | None:
+    def _entry(self, request: Request) -> Entry | None:
         """What is known of a request, None if it is not served."""
         entry = self._entries.get(request.request_id)
         if entry is None:
@@ -241,17 +205,17 @@ class Planner:
             if unsupported:
                 self.counts[f"bypassed_{unsupported}"] += 1
                 return None
-            entry = self._entries[request.request_id] = _Entry(request)
+            entry = self._entries[request.request_id] = Entry(request)
         return entry
 
-    def _ask(self, entry: _Entry) -> None:
+    def _ask(self, entry: Entry) -> None:
         request = entry.request
         entry.asked_tokens = request.num_tokens // self._chunk * self._chunk
         entry.asked_at = time.monotonic()
         if entry.asked_tokens:
-            entry.question = self._lookups.ask(list(request.all_token_ids[: entry.asked_tokens]), _salt(request))
+            entry.question = self._lookups.ask(list(request.all_token_ids[: entry.asked_tokens]), salt_of(request))
 
-    def _answer(self, entry: _Entry) -> Answer | Reason | None:
+    def _answer(self, entry: Entry) -> Answer | Reason | None:
         """What the store says, why it will say nothing, or None while it has not said it."""
         now = time.monotonic()
         full = entry.request.num_tokens // self._chunk * self._chunk
@@ -271,7 +235,7 @@ class Planner:
         entry.told_to_wait = True
         return None
 
-    def _usable(self, entry: _Entry, answer: Answer) -> int:
+    def _usable(self, entry: Entry, answer: Answer) -> int:
         """Leading chunks to count on: those that the store has, up to one that could not be loaded a moment ago."""
         chunks = answer.chunks if entry.limit is None else min(answer.chunks, entry.limit)
         if self._bad:
@@ -285,7 +249,16 @@ class Planner:
             self.counts[f"miss_{answer.stop.reason}"] += 1
         return chunks
 
-    def _save(self, entry: _Entry, computed: int, block_ids: Callable[[str], Sequence[int]]) -> SaveJob | None:
+    def _choice(self, entry: Entry, answer: Answer, chunks: int, local_tokens: int) -> Choice:
+        """What of the `chunks` leading chunks that could be loaded is worth it. Decided once for each answer."""
+        question = (answer.at, chunks, local_tokens)
+        if entry.choice is None or entry.weighed != question:
+            entry.weighed, entry.choice = question, self._weighing.choose(answer.found, chunks, local_tokens)
+            if entry.choice.refusal is not None:
+                self.counts[f"miss_{entry.choice.refusal.reason}"] += 1
+        return entry.choice
+
+    def _save(self, entry: Entry, computed: int, block_ids: Callable[[str], Sequence[int]]) -> SaveJob | None:
         """A job for the chunks that are complete when `computed` tokens are, None if there is none to give now.
 
         What does not fit the queue waits for a later step, as long as the request lives.
@@ -294,7 +267,7 @@ class Planner:
         # Drafted tokens may be rejected and those of a step in flight are not known yet; neither is a name for KV.
         ready = min(computed, request.num_tokens) // self._chunk
         ready = min(ready, entry.saved + self._settings.save_queue_chunks - self._queued_chunks)
-        scheme = self._scheme(_salt(request))
+        scheme = self._scheme(salt_of(request))
         if scheme is None or ready <= entry.saved:
             return None
         known = len(entry.chain)
@@ -312,7 +285,7 @@ class Planner:
             replace=entry.replace is not None and entry.saved <= entry.replace < ready,
         )
         self._next_job += 1
-        self._jobs[job.job_id] = _Job(request.request_id, entry.saved, ready - entry.saved, self._workers)
+        self._jobs[job.job_id] = RunningSave(request.request_id, entry.saved, ready - entry.saved, self._workers)
         self._queued_chunks += ready - entry.saved
         entry.jobs.add(job.job_id)
         entry.saved = ready
@@ -365,18 +338,3 @@ class Planner:
         if entry is not None:
             entry.jobs = set()
         return any(job.request_id == request_id for job in self._jobs.values())
-
-
-def unsupported_input(request: Any) -> str:
-    """What of a request's input is not in its token ids, so that they do not name its KV; "" if nothing."""
-    if getattr(request, "lora_request", None) is not None:
-        return "lora"
-    if getattr(request, "mm_features", None):
-        return "multimodal"
-    if getattr(request, "prompt_embeds", None) is not None:
-        return "prompt_embeds"
-    return "streaming_input" if getattr(request, "resumable", False) else ""
-
-
-def _salt(request: Request) -> str:
-    return request.cache_salt or ""

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from kvstore.config import unknown_name
+from kvstore.connectors.prefix import LoadPolicy
 from kvstore.errors import ConfigError
 from kvstore.keys import DEFAULT_CHUNK_TOKENS
 from kvstore.spec import CHUNK_TOKENS_MAX
@@ -31,12 +32,14 @@ class VllmSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     durable: bool = False
     salt: str = ""
     load: Literal["async", "sync"] = "async"
+    load_policy: LoadPolicy = "cost"
     lookup_deadline_ms: float = 500.0
     load_deadline_ms: float = 5_000.0
     store_deadline_ms: float = 5_000.0
     load_threads: int = 2
     save_queue_chunks: int = 1024
     weights_identity: str = ""
+    share_between_engines: bool = False
 
     def __post_init__(self) -> None:
         scheme = urlsplit(self.url).scheme
@@ -44,6 +47,10 @@ class VllmSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(
                 f"url is {self.url!r}: the vLLM connector needs a daemon, unix:/path/to/socket or http://host:port, "
                 "because scheduler and workers are processes of their own; start one with 'kvstore serve'"
+            )
+        if self.share_between_engines and self.weights_identity:
+            raise ConfigError(
+                "share_between_engines names weights by their files, as other engines do; remove weights_identity"
             )
         if not 1 <= self.chunk_tokens <= CHUNK_TOKENS_MAX:
             raise ConfigError(f"chunk_tokens is {self.chunk_tokens}; it must be in 1..{CHUNK_TOKENS_MAX}")

@@ -24,7 +24,7 @@ from kvstore.connectors.vllm.messages import FailedLoad, LoadJob, SaveJob, StepP
 from kvstore.connectors.vllm.paged import BlockMemory, BlockRange, PagedKV, Staging
 from kvstore.connectors.vllm.ranks import HeadExchange
 from kvstore.connectors.vllm.settings import VllmSettings
-from kvstore.outcome import Miss, Reason
+from kvstore.outcome import Lookup, Miss, Reason
 from kvstore.spec import KVArrays
 
 _log = logging.getLogger(__name__)
@@ -128,7 +128,8 @@ class Transfers:
         """What the scheduler's side has to know, since the last call; None if nothing."""
         with self._lock:
             report, self._report = self._report, StepReport()
-        return report if report.ended or report.failed else None
+        report.observations = self._access.costs.take()
+        return report if report.ended or report.failed or report.observations else None
 
     def counts(self) -> dict[str, float]:
         """What has been transferred since the last call; {} if nothing."""
@@ -192,7 +193,14 @@ class Transfers:
             return Loaded(stop=prefixes)
         blocks = BlockRange(job.start, job.block_ids)
         memory = BlockMemory(self._pages, self._staging(), blocks, job.start, job.stop)
-        return prefixes.fetch(job.keys, job.first_chunk, memory)
+        return prefixes.fetch(
+            job.keys,
+            job.first_chunk,
+            memory,
+            found=Lookup(tuple(job.tiers), None, tuple(job.nbytes)),
+            savings_ms=job.savings_ms,
+            deadline_ms=job.deadline_ms,
+        )
 
     def _save_and_report(self, saving: _Saving) -> None:
         job = saving.job

@@ -34,10 +34,11 @@ from kvstore.testing.client_harness import (
     put_samples,
 )
 from kvstore.testing.client_movement import MovementContract
+from kvstore.testing.client_plan import PlanContract
 from kvstore.testing.client_quality import QualityContract
 
 
-class ClientContract(EventsContract, MovementContract, QualityContract):
+class ClientContract(EventsContract, MovementContract, PlanContract, QualityContract):
     """What `kvstore.client.Client` promises."""
 
     @pytest.mark.parametrize("order", ["chunk", "layer"])

@@ -26,8 +26,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from kvstore.buffers import aligned_buffer
 from kvstore.tier import IO_ALIGN
-from kvstore.tiers.directio import Io, aligned_buffer
+from kvstore.tiers.directio import Io
 
 CALLS = ("open", "read", "write", "sync", "allocate")
 

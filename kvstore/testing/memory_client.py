@@ -10,14 +10,19 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from kvstore.chunk import group_segments
-from kvstore.client import ChunkInfo, Client, Order, Part, PutChunk
+from kvstore.client import PLAN_DEFAULT, ChunkInfo, Client, Order, Part, PutChunk
 from kvstore.container import HASH, parse
 from kvstore.errors import ContainerError
 from kvstore.events import EventFilter, EventRing, EventStream, RingStream
 from kvstore.explaining import Explanation, explain_chain
 from kvstore.kernels import xxh3
+from kvstore.keys import KeyScheme, Tokens
 from kvstore.levels import parse_up_to
 from kvstore.outcome import Lookup, Miss, PutStatus, Reason
+from kvstore.sidecar import CODEC_ID, read_container
+from kvstore.span_index import SpanIndex
+from kvstore.span_plan import PlanOptions, SpanPlan
+from kvstore.span_planning import plan_prompt
 
 TIER = "memory"
 
@@ -90,6 +95,14 @@ class MemoryClient(Client):
 
     def explain(self, keys: Sequence[bytes]) -> list[Explanation]:
         return explain_chain(keys, self.head(keys), lambda _: None)
+
+    def plan(self, tokens: Tokens, keys: KeyScheme, options: PlanOptions = PLAN_DEFAULT) -> SpanPlan:
+        self.calls.append("plan")
+        index = SpanIndex()
+        for container in self.chunks.values():
+            if parse(memoryview(container)).codec == CODEC_ID:
+                index.add(read_container(memoryview(container)))
+        return plan_prompt(self, index, tokens, keys, options)
 
     def prefetch(
         self, keys: Sequence[bytes], *, priority: int = 0, deadline_ms: float | None = None

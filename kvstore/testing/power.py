@@ -21,14 +21,21 @@ SECTOR_BYTES = IO_ALIGN
 
 
 class RecordingIo(PosixIo):
-    """The real system calls, each noted in `log` when it has ended: ("write", offset, bytes) or ("sync", begun at).
+    """The real system calls, each noted in `log` when it has ended: ("write", path, offset, bytes) or ("sync", path,
+    begun at).
 
-    Tests add notes of their own with `note`; all notes have one order. Only what one file is told may be recorded.
+    Tests add notes of their own with `note`; all notes, of all files, have one order.
     """
 
     def __init__(self) -> None:
         self.log: list[tuple[Any, ...]] = []
         self._lock = threading.Lock()
+        self._paths: dict[int, str] = {}
+
+    def open(self, path: str, flags: int) -> int:
+        descriptor = super().open(path, flags)
+        self._paths[descriptor] = path
+        return descriptor
 
     def note(self, *event: Any) -> None:
         """Add an event to the log."""
@@ -36,36 +43,37 @@ class RecordingIo(PosixIo):
             self.log.append(event)
 
     def write(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
-        data = b"".join(buffers)
-        self.note("begin", offset, data)
+        data, path = b"".join(buffers), self._paths[descriptor]
+        self.note("begin", path, offset, data)
         written = super().write(descriptor, buffers, offset)
-        self.note("write", offset, data[:written])
+        self.note("write", path, offset, data[:written])
         return written
 
     def sync(self, descriptor: int) -> None:
         with self._lock:
             begun = len(self.log)
         super().sync(descriptor)
-        self.note("sync", begun)
+        self.note("sync", self._paths[descriptor], begun)
 
 
-def crash(log: Sequence[tuple[Any, ...]], base: Path, target: Path, rng: random.Random) -> None:
+def crash(log: Sequence[tuple[Any, ...]], path: str, base: Path, target: Path, rng: random.Random) -> None:
     """Make `target` the volume file `base` after the events in `log` and a loss of power.
 
     Args:
         log: of a `RecordingIo`, from the moment when `base` was copied to the moment of the crash.
+        path: of the file in the log; what others were told is left out.
         base: the file before.
         target: the file after; written over.
         rng: decides which unflushed sectors are there.
     """
     shutil.copyfile(base, target)
-    flushed = max((event[1] for event in log if event[0] == "sync"), default=0)
+    flushed = max((event[2] for event in log if event[:2] == ("sync", path)), default=0)
     unflushed: dict[int, list[bytes | None]] = {}
     with target.open("r+b") as file:
         for at, (kind, *rest) in enumerate(log):
-            if kind not in ("begin", "write"):
+            if kind not in ("begin", "write") or rest[0] != path:
                 continue
-            offset, data = rest
+            _, offset, data = rest
             if kind == "write" and at < flushed:
                 file.seek(offset)
                 file.write(data)

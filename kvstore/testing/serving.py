@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -14,6 +15,7 @@ from kvstore.compose import open_store
 from kvstore.config import Config, ServiceConfig, TierConfig
 from kvstore.service.server import Server
 from kvstore.store import Store
+from kvstore.tenants import TenantConfig
 
 WAIT_SECONDS = 30.0
 
@@ -32,15 +34,18 @@ class ServerThread:
     Args:
         store: what to serve.
         config: settings other than the addresses.
+        tenants: who share the store.
     """
 
-    def __init__(self, store: Store, config: ServiceConfig | None = None) -> None:
+    def __init__(
+        self, store: Store, config: ServiceConfig | None = None, tenants: Mapping[str, TenantConfig] | None = None
+    ) -> None:
         self.store = store
         # pytest's directories are too long for the path of a UNIX socket.
         self._directory = tempfile.TemporaryDirectory(prefix="kvstore-")
         self.socket_path = f"{self._directory.name}/kv.sock"
         config = msgspec.structs.replace(config or ServiceConfig(), port=0, socket=self.socket_path)
-        self.server = Server(store, config)
+        self.server = Server(store, config, tenants)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="kvstore-test-server", daemon=True)
 

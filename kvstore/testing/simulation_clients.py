@@ -21,9 +21,10 @@ LATE_SECONDS = 1.0
 
 
 class Client:
-    """Makes the calls of one client. What it holds at the end of a call it has given back."""
+    """Makes the calls of one client, who puts for `tenant`. What it holds at the end of a call it has given back."""
 
-    def __init__(self, store: Store, oracle: Oracle, scheduler: Scheduler) -> None:
+    def __init__(self, store: Store, oracle: Oracle, scheduler: Scheduler, tenant: str) -> None:
+        self._tenant = tenant
         self._store = store
         self._oracle = oracle
         self._scheduler = scheduler
@@ -42,7 +43,7 @@ class Client:
     def _put(self, op: Op, picked: list[Chunk], keys: list[bytes]) -> None:
         """Puts the chunks in one call."""
         begun = self._oracle.begin_put(keys)
-        items = [PutItem(chunk.key, memoryview(chunk.data), chunk.parent) for chunk in picked]
+        items = [PutItem(chunk.key, memoryview(chunk.data), chunk.parent, tenant=self._tenant) for chunk in picked]
         statuses = self._store.put(items, durable=op.durable, deadline_ms=op.deadline_ms)
         for key, status in zip(keys, statuses, strict=True):
             self._judge_put(op, key, status, begun)
@@ -52,7 +53,9 @@ class Client:
         for at, chunk in enumerate(picked):
             begun = self._oracle.begin_put([chunk.key])
             deadline = deadline_at(op.deadline_ms)
-            place = self._store.reserve(chunk.key, len(chunk.data) + 100, parent=chunk.parent, durable=op.durable)
+            place = self._store.reserve(
+                chunk.key, len(chunk.data) + 100, parent=chunk.parent, durable=op.durable, tenant=self._tenant
+            )
             if isinstance(place, Place):
                 place.view[: len(chunk.data)] = chunk.data
                 self._hold(op)
@@ -222,6 +225,11 @@ def check_bounds(store: Store) -> None:
             raise InvariantError(f"tier {name} uses {usage['used_bytes']} of {usage['capacity_bytes']} bytes")
         if not 0 <= usage["pinned_bytes"] <= usage["used_bytes"]:
             raise InvariantError(f"tier {name} has {usage['pinned_bytes']} of {usage['used_bytes']} used bytes pinned")
+        for tenant, part in tier["tenants"].items():
+            if not 0 <= part["used_bytes"] <= part["quota_bytes"]:
+                raise InvariantError(
+                    f"tenant {tenant} uses {part['used_bytes']} of {part['quota_bytes']} bytes of {name}"
+                )
     if not 0 <= stats["transient_bytes"] <= store.settings.nbytes("transient_bytes_max", 0):
         raise InvariantError(f"transient buffers have {stats['transient_bytes']} bytes")
     largest = max(len(chunk.data) for chunk in chunks())

@@ -26,6 +26,7 @@ CALM_REFUSALS = frozenset(
         Reason.TOO_LARGE,
         Reason.ABSENT,
         Reason.NOT_ADMITTED,
+        Reason.OVER_QUOTA,
     }
 )
 """Why a put may be refused, or not be durable, although no device has failed."""

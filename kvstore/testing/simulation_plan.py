@@ -21,6 +21,8 @@ TOKENS = (10, 30, 60, 100, 130, 20, 75, 45, 90, 15, 120, 50)
 SPEC = sample_spec(layers=2, kv_heads=1, dim=16)
 
 
+TENANTS = ("", "a", "b")
+"""Who puts: the clients take turns."""
 POLICIES = (NATIVE, NATIVE, *EVICTIONS)
 """Of memory and of the durable tier."""
 
@@ -80,7 +82,10 @@ class LifePlan(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """Everything about a schedule but the order of its steps, which `seed` decides."""
+    """Everything about a schedule but the order of its steps, which `seed` decides.
+
+    `tenant_pages` are the quotas in memory and in the durable tier; without any nobody is told apart.
+    """
 
     seed: int
     dram_pages: int
@@ -96,10 +101,15 @@ class Plan(msgspec.Struct, frozen=True):
     prefetch_chunks_max: int
     mover_threads: int
     lives: tuple[LifePlan, ...]
+    tenant_pages: tuple[dict[str, int], dict[str, int]] = ({}, {})
 
     def pages(self, field: str) -> int:
         """A size in bytes."""
         return int(getattr(self, f"{field}_pages")) * IO_ALIGN
+
+    def quotas(self, tier: int) -> dict[str, int]:
+        """The tenants' quotas in bytes, of memory (0) or of the durable tier (1)."""
+        return {tenant: pages * IO_ALIGN for tenant, pages in self.tenant_pages[tier].items()}
 
 
 VERBS = {
@@ -155,7 +165,17 @@ def draw(seed: int) -> Plan:
         prefetch_chunks_max=rng.choice((1, 3)),
         mover_threads=rng.choice((1, 2, 4)),
         lives=tuple(_draw_life(rng) for _ in range(rng.choice((1, 2, 2, 3)))),
+        tenant_pages=_draw_quotas(random.Random(f"tenants {seed}")),
     )
+
+
+def _draw_quotas(rng: random.Random) -> tuple[dict[str, int], dict[str, int]]:
+    if rng.random() < 0.5:
+        return {}, {}
+    limited = [tenant for tenant in TENANTS if tenant]
+    return {tenant: rng.choice((0, 3, 6, 9, 24)) for tenant in limited}, {
+        tenant: rng.choice((0, 4, 8, 12, 46)) for tenant in limited
+    }
 
 
 def _draw_life(rng: random.Random) -> LifePlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from kvstore.testing.faults import Fault, FaultyIo, RandomFaults
 from kvstore.testing.simulation_clients import Client, check_bounds, close_store
 from kvstore.testing.simulation_disk import SimulatedDisk
 from kvstore.testing.simulation_oracle import InvariantError, Oracle, number
-from kvstore.testing.simulation_plan import LifePlan, Plan, chunks
+from kvstore.testing.simulation_plan import TENANTS, LifePlan, Plan, chunks
 from kvstore.testing.simulation_scheduler import Scheduler
 from kvstore.tier import IO_ALIGN
 from kvstore.tiers import fsck
@@ -68,9 +69,9 @@ class Life:
             return False
         store = self.store
         assert store is not None
-        client = Client(store, self._oracle, self._scheduler)
+        clients = [Client(store, self._oracle, self._scheduler, tenant) for tenant in TENANTS]
         tasks = [
-            self._scheduler.spawn(functools.partial(client.run, ops), f"client{at}")
+            self._scheduler.spawn(functools.partial(clients[at % len(clients)].run, ops), f"client{at}")
             for at, ops in enumerate(self._life.clients)
         ]
         for task in tasks:
@@ -113,13 +114,16 @@ class Life:
                 clock=lambda: self._scheduler.now,
                 io=self.faulty,
                 policy=plan.policies[1],
+                quotas=plan.quotas(1),
             )
         except TierError:
             if not self._oracle.device_fails:
                 raise
             return False
         self._tiers.append(nvme)
-        dram = DramTier(plan.pages("dram"), clock=lambda: self._scheduler.now, policy=plan.policies[0])
+        dram = DramTier(
+            plan.pages("dram"), clock=lambda: self._scheduler.now, policy=plan.policies[0], quotas=plan.quotas(0)
+        )
         self._tiers.append(dram)
         settings = StoreSettings(
             write_behind_bytes_max=plan.pages("queue"),
@@ -177,6 +181,13 @@ class Life:
                 raise InvariantError(f"{tier.name} has {usage.pinned_bytes} bytes pinned when all is quiet")
             if usage.used_bytes != sum(_padded(entry.nbytes) for entry in entries) + extra:
                 raise InvariantError(f"bytes of {tier.name} have leaked")
+            whose = zip(tier.tenants([entry.key for entry in entries]), entries, strict=True)
+            owned = Counter(dict.fromkeys(tier.tenant_usage(), 0))
+            for tenant, entry in whose:
+                owned[tenant] += _padded(entry.nbytes) if tenant else 0
+            del owned[""]
+            if owned != {tenant: part.used_bytes for tenant, part in tier.tenant_usage().items()}:
+                raise InvariantError(f"the tenants' bytes of {tier.name} do not add up: {owned}")
             if {entry.key for entry in entries} != self._oracle.present[tier.name]:
                 raise InvariantError(f"the events of {tier.name} do not add up to what it holds")
 

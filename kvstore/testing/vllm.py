@@ -14,7 +14,7 @@ from kvstore.connectors.vllm.lookups import Answer
 from kvstore.connectors.vllm.planning import Planner
 from kvstore.connectors.vllm.settings import VllmSettings
 from kvstore.keys import KeyScheme
-from kvstore.outcome import Miss, Reason
+from kvstore.outcome import Lookup, Miss, Reason
 from kvstore.spec import KVSpec
 from kvstore.testing.chunks import FINGERPRINT
 
@@ -39,13 +39,15 @@ class FakeRequest(msgspec.Struct):
 
 
 class FakeLookups:
-    """A store that has the chunks in `there`; answers at once unless `slow`."""
+    """A store that has the chunks in `there`, in `tiers` or dram; answers at once unless `slow`."""
 
     def __init__(self, there: set[bytes] | None = None) -> None:
         self.there = there or set()
         self.slow = False
         self.pending: list[tuple[Future[Answer], list[bytes]]] = []
         self.asked = 0
+        self.chunk_bytes = 1000
+        self.tiers: list[str] = []
 
     def ask(self, tokens: object, cache_salt: str) -> Future[Answer]:
         self.asked += 1
@@ -60,7 +62,9 @@ class FakeLookups:
         for future, chain in self.pending:
             found = next((index for index, key in enumerate(chain) if key not in self.there), len(chain))
             stop = Miss(Reason.ABSENT) if found < len(chain) else None
-            future.set_result(Answer(chain, found, stop, time.monotonic()))
+            tiers = self.tiers or ["dram"] * found
+            lookup = Lookup(tuple(tiers[:found]), stop, (self.chunk_bytes,) * found)
+            future.set_result(Answer(chain, lookup, time.monotonic()))
         self.pending.clear()
 
 

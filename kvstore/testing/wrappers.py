@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from kvstore.outcome import Miss, PutStatus, Reason
-from kvstore.tier import Entry, PutItem, ReadItem, Tier, TierListener, Usage
+from kvstore.tier import Entry, PutItem, ReadItem, TenantUsage, Tier, TierListener, Usage
 
 
 class WrappedTier(Tier):
@@ -53,6 +53,12 @@ class WrappedTier(Tier):
 
     def parents(self, keys: Sequence[bytes]) -> list[bytes]:
         return self.inner.parents(keys)
+
+    def tenants(self, keys: Sequence[bytes]) -> list[str]:
+        return self.inner.tenants(keys)
+
+    def tenant_usage(self) -> dict[str, TenantUsage]:
+        return self.inner.tenant_usage()
 
     def scan(self) -> Iterator[Entry]:
         return self.inner.scan()

@@ -27,10 +27,11 @@ from pathlib import Path
 
 import msgspec
 
+from kvstore.buffers import aligned_buffer
 from kvstore.testing.chunks import sample_container, sample_key
 from kvstore.tier import IO_ALIGN, Entry, PutItem, ReadItem, Removal
 from kvstore.tiers import fsck
-from kvstore.tiers.directio import aligned_buffer, page_up
+from kvstore.tiers.directio import page_up
 from kvstore.tiers.nvme import NvmeTier
 
 CAPACITY_BYTES = 3 << 20

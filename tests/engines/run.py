@@ -1,8 +1,9 @@
 """Runs the tests with vLLM: builds an environment once (3.5 GB), then runs the tests in it.
 
-    python tests/engines/run.py [--venv DIRECTORY] [pytest arguments]
+    python tests/engines/run.py [--venv DIRECTORY] [--report FILE] [pytest arguments]
 
-An environment that has vLLM already is used as it is; it must have pytest and what kvstore needs, too.
+An environment that has vLLM already is used as it is; it must have pytest and what kvstore needs, too. With --report
+the outcome of every test is written to a file, in the form that `report.py` describes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-TESTS = (*sorted(ROOT.glob("tests/test_vllm_*.py")), HERE / "test_vllm.py")
+TESTS = (*sorted(ROOT.glob("tests/test_vllm_*.py")), *sorted(HERE.glob("test_vllm*.py")))
 SECONDS_MAX = 900
 """Longest silence of a test before it prints where it is: engines start slowly on busy cores."""
 
@@ -24,6 +25,7 @@ def main() -> int:
     """Run everything; answers the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv-vllm", help="the environment")
+    parser.add_argument("--report", type=Path, help="write each test's outcome to this file, as JSON lines")
     arguments, rest = parser.parse_known_args()
     python = build(ROOT / arguments.venv)
     environment = {
@@ -46,6 +48,10 @@ def main() -> int:
         *TESTS,
         *rest,
     ]
+    if arguments.report:
+        report = arguments.report.absolute()
+        report.write_text("")
+        command += ["-p", "tests.engines.report", "--outcomes", report]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 

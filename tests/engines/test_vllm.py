@@ -24,12 +24,14 @@ from kvstore.testing.vllm import cache_tensors
 from tests.engines.vllm_interface import problems
 from tests.engines.vllm_samples import (
     ROOT,
+    flush,
     mixed_prompts,
     save_checkpoint,
     save_windowed_checkpoint,
     second_turns,
     start_engine,
 )
+from tests.engines.vllm_shared import PROMPT_TOKENS, TEXT, compare
 
 pytestmark = [
     pytest.mark.slow,
@@ -91,21 +93,9 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
 
 
 def settings(daemon: Daemon, **more: Any) -> dict[str, Any]:
-    """With deadlines that busy cores do not miss."""
+    """With deadlines that busy cores do not miss, and loads of what so small a model computes sooner."""
     deadlines = {"lookup_deadline_ms": 30_000.0, "load_deadline_ms": 30_000.0, "store_deadline_ms": 30_000.0}
-    return {"url": daemon.url, "chunk_tokens": CHUNK_TOKENS, **deadlines, **more}
-
-
-def flush(daemon: Daemon) -> None:
-    """Wait until all that was put is on disk, and what an engine may still be putting has come."""
-    with connect(daemon.url) as client:
-        before, now = -1, 0
-        for _ in range(20):
-            before, now = now, client.stats()["tiers"]["dram"]["usage"]["entries"]
-            if before == now:
-                break
-            time.sleep(0.5)
-        assert client.flush(deadline_ms=30_000)
+    return {"url": daemon.url, "chunk_tokens": CHUNK_TOKENS, "load_policy": "always", **deadlines, **more}
 
 
 def test_the_connector_fits_this_version_of_vllm_and_is_found_by_its_name() -> None:
@@ -223,14 +213,25 @@ def test_what_one_rank_wrote_two_read_and_the_reverse(
 
 def test_layers_with_sliding_windows_beside_others(log: Path, daemon: Daemon, tmp_path: Path) -> None:
     model, prompts = save_windowed_checkpoint(tmp_path / "windowed"), mixed_prompts()
-    with start_engine(model, None, log, **ROOMY) as engine:
-        expected = engine.run(prompts, NEW_TOKENS).tokens
     with start_engine(model, settings(daemon), log, **ROOMY) as engine:
+        alone = engine.run(prompts, NEW_TOKENS, salt="nobody else")
+        expected = alone.tokens
         assert engine.run(prompts, NEW_TOKENS).tokens == expected
         flush(daemon)
         warm = engine.run(prompts, NEW_TOKENS)
         assert warm.tokens == expected
         assert warm.cached == [len(prompt) // CHUNK_TOKENS * CHUNK_TOKENS for prompt in prompts]
+
+
+def test_transformers_and_vllm_use_what_the_other_has_stored_where_both_opt_in(log: Path) -> None:
+    both = compare(TEXT, "float32", log)
+    assert both.cached_in_vllm == both.cached_in_transformers == [PROMPT_TOKENS // 64 * 64] * both.prompts
+    assert both.unshared == 0, "a connector that has not opted in shares nothing"
+    assert max(both.key_difference, both.value_difference) < 1e-5
+    assert both.key_difference > 0, "nothing was shared, or the engines do not differ at all"
+    assert both.kl < 1e-9
+    assert both.same_first_tokens == both.prompts
+    assert both.vllm_agrees == both.transformers_agree == both.engines_agree == 1.0
 
 
 def hits(daemon: Daemon) -> int:

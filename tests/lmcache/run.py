@@ -1,9 +1,10 @@
 """Runs the LMCache tests with LMCache: builds an environment once, then kvstore's tests and LMCache's own on kvstore.
 
-    python tests/lmcache/run.py [--python PYTHON] [pytest arguments]
+    python tests/lmcache/run.py [--python PYTHON] [--report FILE] [pytest arguments]
 
 The environment and LMCache's source archive, which has the tests, are kept in .venv-lmcache. With --python an existing
-environment is used; it must have LMCache and what kvstore needs.
+environment is used; it must have LMCache and what kvstore needs. With --report the outcome of every test is written to
+a file, in the form that tests/engines/report.py describes.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def main() -> int:
     """Run everything; answers the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", type=Path, help="an interpreter that has LMCache already")
+    parser.add_argument("--report", type=Path, help="write each test's outcome to this file, as JSON lines")
     arguments, rest = parser.parse_known_args()
     python = arguments.python or build()
     theirs = fetch_tests(python)
@@ -53,6 +55,10 @@ def main() -> int:
         "-W",
         "ignore::DeprecationWarning",
     ]
+    if arguments.report:
+        report = arguments.report.absolute()
+        report.write_text("")
+        pytest += ["-p", "tests.engines.report", "--outcomes", report]
     ours = run([*pytest, "-o", "filterwarnings=default", *OURS, *rest], ROOT, environment)
     # From a folder without LMCache's sources: those would hide the installed package.
     return ours or run([*pytest, "-p", "on_kvstore", "--rootdir", theirs, theirs, *rest], theirs, environment)

@@ -1,4 +1,4 @@
-"""Tasks of one kind in the form that LMCache wants: submit, an eventfd that says when to look, each result taken once.
+"""Tasks of one kind for an engine that polls: submit, an eventfd that says when to look, each result taken once.
 
 A lane has threads of its own and a bound on the tasks that wait for them. A task is a list of jobs, one for a slice of
 the task's keys each, so that one large task uses every thread. Whatever a job raises, whatever does not fit the bound,
@@ -48,7 +48,7 @@ class Lane(Generic[T, R]):
     """Runs tasks whose keys have outcomes T each, and keeps their results R.
 
     Args:
-        name: of the threads.
+        name: of the threads and in the log.
         threads: how many jobs run at once.
         failure: the outcome of a key whose job failed.
     """
@@ -58,8 +58,9 @@ class Lane(Generic[T, R]):
         self._name = name
         self._threads = threads
         self._failure = failure
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"kvstore-lmcache-{name}")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"kvstore-{name}")
         self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
         self._waiting = 0
         self._results: OrderedDict[int, R] = OrderedDict()
         self._closed = False
@@ -77,8 +78,8 @@ class Lane(Generic[T, R]):
             accepted = self._waiting < TASKS_WAITING_MAX and not self._closed
             self._waiting += accepted
         if not accepted:
-            _log.warning("lmcache %s: a task of %d keys is refused, %d wait already", self._name, keys, self._waiting)
-            self._complete(task, finish([self._failure] * keys))
+            _log.warning("%s: a task of %d keys is refused, %d wait already", self._name, keys, self._waiting)
+            self._complete(task, finish([self._failure] * keys), waited=False)
             return
         running = _Running(task, finish, [[self._failure] * (stop - start) for start, stop in slices], len(slices))
         for index, (start, stop) in enumerate(slices):
@@ -114,6 +115,11 @@ class Lane(Generic[T, R]):
             taken, self._results = dict(self._results), OrderedDict()
             return taken
 
+    def drain(self, seconds: float) -> bool:
+        """Wait until every task has its result; False if not within so many seconds."""
+        with self._idle:
+            return self._idle.wait_for(lambda: not self._waiting, seconds)
+
     def close(self) -> None:
         """Start nothing more, wait for the jobs that run (each ends by its deadline), close the eventfd. Idempotent."""
         with self._lock:
@@ -129,19 +135,20 @@ class Lane(Generic[T, R]):
                 outcomes = job(start, stop, deadline)
                 if len(outcomes) == stop - start:
                     running.outcomes[index] = outcomes
-        except Exception as error:  # whatever goes wrong must not reach LMCache
-            _log.warning("lmcache %s: %d keys failed: %s: %s", self._name, stop - start, type(error).__name__, error)
+        except Exception as error:  # whatever goes wrong must not reach the engine
+            _log.warning("%s: %d keys failed: %s: %s", self._name, stop - start, type(error).__name__, error)
         finally:
             self._done(running)
 
     def _run_chore(self, chore: Callable[[], None]) -> None:
         try:
             chore()
-        except Exception as error:  # whatever goes wrong must not reach LMCache
-            _log.warning("lmcache %s: %s: %s", self._name, type(error).__name__, error)
+        except Exception as error:  # whatever goes wrong must not reach the engine
+            _log.warning("%s: %s: %s", self._name, type(error).__name__, error)
         finally:
-            with self._lock:
+            with self._idle:
                 self._waiting -= 1
+                self._idle.notify_all()
 
     def _done(self, running: _Running[T, R]) -> None:
         """One slice has its outcomes; the last one completes the task."""
@@ -149,11 +156,13 @@ class Lane(Generic[T, R]):
             running.slices_left -= 1
             if running.slices_left:
                 return
-            self._waiting -= 1
-        self._complete(running.task, running.finish([outcome for part in running.outcomes for outcome in part]))
+        result = running.finish([outcome for part in running.outcomes for outcome in part])
+        self._complete(running.task, result, waited=True)
 
-    def _complete(self, task: int, result: R) -> None:
-        with self._lock:
+    def _complete(self, task: int, result: R, *, waited: bool) -> None:
+        with self._idle:
+            self._waiting -= waited
+            self._idle.notify_all()
             if self._closed:
                 return
             self._results[task] = result

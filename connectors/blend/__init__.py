@@ -1,0 +1,1 @@
+"""Blended prefill: KV of spans reused anywhere in a prompt, with a chosen share of tokens computed again."""

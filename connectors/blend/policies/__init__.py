@@ -1,0 +1,1 @@
+"""Recompute policies, one a file; `kvstore.connectors.blend.registry` names them."""

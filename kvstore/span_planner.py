@@ -1,0 +1,145 @@
+"""Plans of prompts over a store, and what keeps its index of documents up to date: the side-cars that are stored.
+
+A side-car is recognised by its key and its parent (`kvstore.sidecar`), so neither puts nor reads take notice of it.
+Before a plan that scans, the planner reads the store's events since the last one and the side-cars they name; the first
+time, and after it has missed events, it goes through the tiers' indexes instead, which is also how what an earlier life
+of the store has written is found again: what was used last first, until the index is full. All of that takes at most
+CATCH_UP_SECONDS; the rest follows with the next plan.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from kvstore.counters import Counters
+from kvstore.errors import ContainerError
+from kvstore.keys import ROOT, KeyScheme, Tokens
+from kvstore.outcome import Miss
+from kvstore.sidecar import SIDECAR_BYTES_MAX, read_container, sidecar_key
+from kvstore.span_index import ENTRY_BYTES, SpanIndex
+from kvstore.span_plan import PlanOptions, SpanPlan
+from kvstore.span_planning import plan_prompt
+from kvstore.store import Store
+from kvstore.tier import Entry
+
+_log = logging.getLogger(__name__)
+
+CATCH_UP_SECONDS = 0.2
+READ_DEADLINE_MS = 100.0
+ENTRIES_STEP = 4096
+
+
+class SpanPlanner:
+    """Plans of prompts over one store. Safe to use from many threads.
+
+    Args:
+        store: where chunks are.
+        index: known documents; None for an empty one of the default size.
+    """
+
+    def __init__(self, store: Store, index: SpanIndex | None = None) -> None:
+        self.index = SpanIndex() if index is None else index
+        self._store = store
+        self._lock = threading.Lock()
+        self._position: int | None = None
+        self._pieces_max = max(1, self.index.bytes_max // ENTRY_BYTES)
+        self._new: deque[bytes] = deque(maxlen=self._pieces_max)
+        self._entries: Iterator[Entry] = iter(())
+        self._old: dict[bytes, None] = {}  # most recently used last
+        self._unusable = 0
+        self._planned = Counters()
+
+    def plan(self, tokens: Tokens, keys: KeyScheme, options: PlanOptions) -> SpanPlan:
+        """The plan of a prompt; see `kvstore.client.Client.plan`."""
+        if options.scan:
+            self.catch_up()
+        plan = plan_prompt(self._store, self.index, tokens, keys, options)
+        for span in plan.spans:
+            self._planned.add("planned_tokens", str(span.reason or span.kind), span.tokens)
+        return plan
+
+    def catch_up(self, seconds_max: float = CATCH_UP_SECONDS) -> bool:
+        """Take the side-cars that have been stored into the index; False if some are left for the next time."""
+        deadline = time.monotonic() + seconds_max
+        if not self._lock.acquire(timeout=seconds_max):
+            return False
+        try:
+            self._note_stored()
+            while self._new and time.monotonic() < deadline:
+                self._take(self._new.popleft(), evict=True)
+            if not self._note_old(deadline):
+                return False
+            while self._old and time.monotonic() < deadline:
+                if not self._take(self._old.popitem()[0], evict=False):
+                    self._old.clear()
+            return not self._new and not self._old
+        finally:
+            self._lock.release()
+
+    def stats(self) -> dict[str, Any]:
+        """What the index says, how many side-cars wait to be read and could not be used so far, and tokens planned."""
+        return {
+            **self.index.stats(),
+            "waiting": len(self._new) + len(self._old),
+            "unusable": self._unusable,
+            "planned_tokens": self._planned.snapshot().get("planned_tokens", {}),
+        }
+
+    def _note_stored(self) -> None:
+        """Queue the side-cars that have been stored since the last time; go through the tiers if that is not known."""
+        ring = self._store.events.ring
+        if self._position is None:
+            self._position = ring.last
+            self._entries = self._stored()
+        while events := ring.read(self._position):
+            self._position = events[-1].seq
+            if events[0].kind == "lost":
+                self._position = ring.last
+                self._entries = self._stored()
+                continue
+            for event in events:
+                if event.kind == "stored" and self._is_wanted(event.key, event.parent or ROOT, event.nbytes):
+                    self._new.append(event.key)
+
+    def _stored(self) -> Iterator[Entry]:
+        """What is stored, slowest tier first, and in each least recently used first."""
+        for tier in reversed(self._store.tiers):
+            yield from tier.scan()
+
+    def _note_old(self, deadline: float) -> bool:
+        """Queue the side-cars among what is stored; False if there is more to go through."""
+        while entries := list(islice(self._entries, ENTRIES_STEP)):
+            for entry in entries:
+                if self._is_wanted(entry.key, entry.parent, entry.nbytes):
+                    self._old.pop(entry.key, None)
+                    self._old[entry.key] = None
+                    if len(self._old) > self._pieces_max:
+                        del self._old[next(iter(self._old))]
+            if time.monotonic() >= deadline:
+                return False
+        return True
+
+    def _is_wanted(self, key: bytes, parent: bytes, nbytes: int) -> bool:
+        return (
+            parent != ROOT and nbytes <= SIDECAR_BYTES_MAX and key == sidecar_key(parent) and parent not in self.index
+        )
+
+    def _take(self, key: bytes, *, evict: bool) -> bool:
+        """Read a side-car into the index; False if there is no room for it."""
+        loan = self._store.borrow(key, deadline_ms=READ_DEADLINE_MS)
+        if isinstance(loan, Miss):
+            return True  # it has left again
+        with loan:
+            try:
+                sidecar = read_container(loan.view)
+            except ContainerError as error:
+                self._unusable += 1
+                _log.warning("side-car %s is not usable: %s", key.hex()[:12], error)
+                return True
+        return self.index.add(sidecar, evict=evict)
