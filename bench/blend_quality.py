@@ -14,13 +14,15 @@ from kvstore.bench.blend_baselines import cacheblend_published
 from kvstore.bench.blend_prompts import Asked
 from kvstore.connectors.blend import registry
 from kvstore.connectors.blend.engine import blend_prefill
+from kvstore.connectors.blend.registry import DEFAULT
 from kvstore.connectors.blend.split import split_attention
 
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 HEADLINE = 0.15
 """The ratio of the metrics that have no ratio in their names."""
-POLICIES = ("first_k", "hkvd", "query", "chunk_score", "recommended")
+POLICIES = ("first_k", "hkvd", "query", "chunk_score", DEFAULT)
 BASELINE = "cacheblend"
+FIELDS = ("right", "kl", "token_share", "layer_share")
 
 Metrics = dict[str, float]
 Run = Callable[[Any, Asked, float], tuple[torch.Tensor, float, float]]
@@ -34,10 +36,19 @@ class Score:
         self.count = 0
         self.right = self.kl = self.token_share = self.layer_share = 0.0
 
+    def add(self, other: Score) -> None:
+        """Count another's prompts too."""
+        self.count += other.count
+        for field in FIELDS:
+            setattr(self, field, getattr(self, field) + getattr(other, field))
+
     def metrics(self, name: str) -> Metrics:
         """As `name.*`."""
-        fields = ("right", "kl", "token_share", "layer_share")
-        return {f"{name}.{field}": getattr(self, field) / max(1, self.count) for field in fields}
+        return {f"{name}.{field}": getattr(self, field) / max(1, self.count) for field in FIELDS}
+
+
+Scores = dict[tuple[str, str, float], Score]
+"""(setting, policy, ratio) -> score."""
 
 
 def measure(directory: Path, quick: bool) -> Metrics:
@@ -45,7 +56,7 @@ def measure(directory: Path, quick: bool) -> Metrics:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more cost more than they bring on models this small
     try:
-        return {**_recall(8 if quick else 60, quick), **_text(1 if quick else 12, quick)}
+        return _recall(8 if quick else 48, quick) | _text(1 if quick else 12, quick)
     finally:
         torch.set_num_threads(threads)
 
@@ -54,22 +65,21 @@ def _recall(count: int, quick: bool) -> Metrics:
     model = blend_prompts.trained("recall")
     settings = ("shuffled_2p",) if quick else tuple(blend_prompts.RECALL)
     sets = {setting: blend_prompts.recall(model, setting, count) for setting in settings}
-    asked = [one for own in sets.values() for one in own]
-    full = sum(int(one.full[0].argmax()) == one.following[0] for one in asked) / len(asked)
-    scores = _curves(model, asked, quick)
-    out = {name: value for key, score in scores.items() for name, value in score.metrics(f"blend.recall.{key}").items()}
-    ours = scores[f"recommended.{_permille(HEADLINE)}"]
-    concat = scores["none.000"]
-    rival = scores[f"{BASELINE}.{_permille(HEADLINE)}"]
-    for setting, own in sets.items():
-        out[f"blend.recall_full.{setting}"] = sum(int(a.full[0].argmax()) == a.following[0] for a in own) / len(own)
-        score = _score(model, own, _run_of("recommended"), HEADLINE)
-        out[f"blend.recall_blended.{setting}"] = score.right / score.count
+    full = {setting: _share_right(asked) for setting, asked in sets.items()}
+    scores, out = _curves(model, sets, quick, "blend.recall")
+    for setting in settings:
+        out[f"blend.recall_full.{setting}"] = full[setting]
+        out[f"blend.recall_concat.{setting}"] = scores[setting, "none", 0.0].right / count
+        out[f"blend.recall_blended.{setting}"] = scores[setting, DEFAULT, HEADLINE].right / count
+    ours, concat, rival = (
+        _joined(scores, name, ratio) for name, ratio in ((DEFAULT, HEADLINE), ("none", 0.0), (BASELINE, HEADLINE))
+    )
+    full_mean = sum(full.values()) / len(full)
     return out | {
-        "blend.recall_full": full,
+        "blend.recall_full": full_mean,
         "blend.recall_concat": concat.right / concat.count,
         "blend.recall_blended": ours.right / ours.count,
-        "blend.recall_gap_points": 100 * (full - ours.right / ours.count),
+        "blend.recall_gap_points": 100 * (full_mean - ours.right / ours.count),
         "blend.recall_token_share": ours.token_share / ours.count,
         "blend.recall_layer_share": ours.layer_share / ours.count,
         "blend.recall_cacheblend": rival.right / rival.count,
@@ -81,12 +91,10 @@ def _text(count: int, quick: bool) -> Metrics:
     model = blend_prompts.trained("text")
     settings = blend_prompts.TEXTS[:1] if quick else blend_prompts.TEXTS
     sets = {setting: blend_prompts.text(model, setting, count) for setting in settings}
-    scores = _curves(model, [one for own in sets.values() for one in own], quick)
-    out = {name: value for key, score in scores.items() for name, value in score.metrics(f"blend.text.{key}").items()}
-    concat, ours = scores["none.000"], scores[f"recommended.{_permille(HEADLINE)}"]
-    for setting, own in sets.items():
-        plain = _score(model, own, _run_of("none"), 0.0)
-        out[f"blend.kl_vs_concat.{setting}"] = _score(model, own, _run_of("recommended"), HEADLINE).kl / plain.kl
+    scores, out = _curves(model, sets, quick, "blend.text")
+    for setting in settings:
+        out[f"blend.kl_vs_concat.{setting}"] = scores[setting, DEFAULT, HEADLINE].kl / scores[setting, "none", 0.0].kl
+    ours, concat = _joined(scores, DEFAULT, HEADLINE), _joined(scores, "none", 0.0)
     return out | {
         "blend.kl_concat_nats": concat.kl / concat.count,
         "blend.kl_vs_concat": ours.kl / concat.kl,
@@ -95,13 +103,30 @@ def _text(count: int, quick: bool) -> Metrics:
     }
 
 
-def _curves(model: Any, asked: Sequence[Asked], quick: bool) -> dict[str, Score]:
-    """`policy.permille` -> its score; those without a ratio under 000."""
-    scores = {f"{name}.000": _score(model, asked, _run_of(name), 0.0) for name in ("none", "parallel")}
-    for name in (*POLICIES, BASELINE):
-        for ratio in (HEADLINE,) if quick else RATIOS:
-            scores[f"{name}.{_permille(ratio)}"] = _score(model, asked, _run_of(name), ratio)
-    return scores
+def _share_right(asked: Sequence[Asked]) -> float:
+    return sum(int(one.full[0].argmax()) == one.following[0] for one in asked) / len(asked)
+
+
+def _curves(model: Any, sets: dict[str, list[Asked]], quick: bool, name: str) -> tuple[Scores, Metrics]:
+    """Scores of every policy, and the metrics `name.policy.permille.*` over all settings together."""
+    runs = [("none", 0.0), ("parallel", 0.0)]
+    runs += [(policy, ratio) for policy in (*POLICIES, BASELINE) for ratio in ((HEADLINE,) if quick else RATIOS)]
+    scores: Scores = {}
+    metrics: Metrics = {}
+    for policy, ratio in runs:
+        for setting, asked in sets.items():
+            scores[setting, policy, ratio] = _score(model, asked, _run_of(policy), ratio)
+        metrics |= _joined(scores, policy, ratio).metrics(f"{name}.{policy}.{round(1000 * ratio):03d}")
+    return scores, metrics
+
+
+def _joined(scores: Scores, policy: str, ratio: float) -> Score:
+    """The score of a policy at a ratio over all settings."""
+    out = Score()
+    for (_, name, at), score in scores.items():
+        if (name, at) == (policy, ratio):
+            out.add(score)
+    return out
 
 
 @torch.no_grad()
@@ -151,7 +176,3 @@ def _followed(model: Any, one: Asked, last: torch.Tensor, cache: Any, position: 
     positions = position + torch.arange(fed.shape[1])[None]
     rest = model(fed, position_ids=positions, past_key_values=cache, use_cache=True).logits[0]
     return torch.cat([last, rest])
-
-
-def _permille(ratio: float) -> str:
-    return f"{round(1000 * ratio):03d}"

@@ -19,9 +19,14 @@ from kvstore.errors import KVStoreError
 
 SUITES: dict[str, tuple[tuple[str, ...], str]] = {
     "blend": (
-        ("kvstore.bench.blend_exact", "kvstore.bench.blend_quality"),
-        "blended prefill against full prefill and plain concatenation, every policy (needs the torch extra, and the "
-        "trained test models of the repository)",
+        (
+            "kvstore.bench.blend_exact",
+            "kvstore.bench.blend_quality",
+            "kvstore.bench.blend_links",
+            "kvstore.bench.blend_ttft",
+        ),
+        "blended prefill against full prefill and plain concatenation, every policy; time to first token from dram and "
+        "nvme (needs the torch extra, and the trained test models of the repository)",
     ),
     "tiers": (
         (
@@ -65,7 +70,10 @@ SUITES: dict[str, tuple[tuple[str, ...], str]] = {
 
 PLOTS = {"codec": codec_plot.draw, "blend": blend_plot.draw}
 
-ENGINES = {"transformers": ("kvstore.bench.ttft",), "vllm": ("kvstore.bench.ttft_vllm",)}
+ENGINES = {
+    "transformers": ("kvstore.bench.ttft",),
+    "vllm": ("kvstore.bench.ttft_vllm", "kvstore.bench.ttft_vllm_blend"),
+}
 """What the suite ttft measures with each engine."""
 
 

@@ -28,13 +28,18 @@ class EngineError(KVStoreError):
 
 
 class Outcome(msgspec.Struct):
-    """What an engine made of some prompts. `counters` are since its start."""
+    """What an engine made of some prompts.
+
+    `cpu_seconds` are of all its threads, `transfer` is what connectors say of each, `counters` are since its start.
+    """
 
     tokens: list[list[int]]
     finished: list[str]
     cached: list[int]
     seconds: float
+    cpu_seconds: float
     counters: dict[str, float]
+    transfer: list[dict[str, Any] | None] = []
 
     def counted(self, name: str) -> float:
         """The sum of vLLM's counters whose name begins like this."""

@@ -2,7 +2,8 @@
 
     python -m kvstore.bench.vllm_session COMMANDS_FD ANSWERS_FD '{"model": ..., "llm": {...}, "connector": {...}}'
 
-A command is {"prompts": [[token id, ...], ...], "new_tokens": n, "salt": text or nothing}, or {"idle_hooks": rounds}.
+A command is {"prompts": [[token id, ...], ...], "new_tokens": n, "salt": text or nothing, "transfer": nothing, or
+kv_transfer_params of each prompt}, or {"idle_hooks": rounds}.
 """
 
 from __future__ import annotations
@@ -71,12 +72,18 @@ def run(engine: Any, command: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
-    params = SamplingParams(temperature=0, max_tokens=command["new_tokens"], ignore_eos=True, detokenize=False)
+    greedy: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "detokenize": False}
+    params = [
+        SamplingParams(
+            **greedy, max_tokens=command["new_tokens"], extra_args={"kv_transfer_params": wish} if wish else None
+        )
+        for wish in command.get("transfer") or [None] * len(command["prompts"])
+    ]
     salt = {"cache_salt": command["salt"]} if command.get("salt") else {}
     prompts = [TokensPrompt(prompt_token_ids=ids, **salt) for ids in command["prompts"]]
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     outputs = engine.generate(prompts, params, use_tqdm=False)
-    took = time.perf_counter() - started
+    took, cpu_took = time.perf_counter() - started, time.process_time() - cpu_started
     counters: dict[str, float] = {}
     for metric in engine.get_metrics():
         if hasattr(metric, "value") and any(name in metric.name for name in COUNTERS):
@@ -86,7 +93,9 @@ def run(engine: Any, command: dict[str, Any]) -> dict[str, Any]:
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "finished": [output.outputs[0].finish_reason for output in outputs],
         "cached": [output.num_cached_tokens for output in outputs],
+        "transfer": [output.kv_transfer_params for output in outputs],
         "seconds": took,
+        "cpu_seconds": cpu_took,
         "counters": counters,
     }
 

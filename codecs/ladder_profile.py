@@ -33,6 +33,7 @@ from kvstore.codecs.ladder_classes import CODES, SHIFT_MAX, TABLES, class_of
 from kvstore.codecs.ladder_transform import Placing
 from kvstore.codecs.profile import Profile
 from kvstore.codecs.r32 import TableSet
+from kvstore.decoding import convert
 from kvstore.errors import CodecError, ContainerError
 from kvstore.outcome import Reason
 from kvstore.spec import KVSpec
@@ -56,7 +57,7 @@ class LadderProfile:
 
     def __init__(self, profile: Profile) -> None:
         try:
-            attributes = msgspec.convert(profile.attributes.get("ladder"), Attributes)
+            attributes = convert(profile.attributes.get("ladder"), Attributes)
         except (msgspec.MsgspecError, ValueError) as error:
             raise ContainerError(Reason.UNKNOWN_PROFILE, f"profile has no ladder: {error}") from error
         if not 1 <= attributes.layers <= attributes.spec.layers or abs(attributes.shift) > SHIFT_MAX:

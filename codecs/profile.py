@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore import kernels
+from kvstore.decoding import convert, decode_json
 from kvstore.errors import ContainerError, SpecError
 from kvstore.outcome import Reason
 
@@ -93,11 +94,11 @@ def pack_profile(attributes: Mapping[str, Any], arrays: Mapping[str, Array]) -> 
     ordered = {name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}
     try:
         entries = tuple(
-            msgspec.convert({"name": name, "dtype": array.dtype.name, "shape": list(array.shape)}, _Entry)
+            convert({"name": name, "dtype": array.dtype.name, "shape": list(array.shape)}, _Entry)
             for name, array in ordered.items()
         )
         header = msgspec.json.encode(_Header(dict(attributes), entries), order="sorted")
-        msgspec.json.decode(header, type=_Header)
+        decode_json(header, _Header)
     except (msgspec.MsgspecError, TypeError) as error:
         raise SpecError(f"not a profile: {error}") from error
     if len(header) > HEADER_BYTES_MAX:
@@ -131,7 +132,7 @@ def parse_profile(blob: bytes | memoryview, *, profile_id: bytes | None = None) 
         raise ContainerError(Reason.CORRUPT, "profile checksum does not match")
     at = _FIXED.size + header_bytes
     try:
-        header = msgspec.json.decode(data[_FIXED.size : at], type=_Header)
+        header = decode_json(data[_FIXED.size : at], _Header)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ContainerError(Reason.MALFORMED, f"profile header: {error}") from error
     arrays: dict[str, Array] = {}

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.decoding import decode_json
 from kvstore.spec import KVSpec, Rope
 
 Float32 = npt.NDArray[np.float32]
@@ -74,7 +75,7 @@ class Rotation:
 @functools.lru_cache(maxsize=8)
 def _consecutive(rope: bytes, first_position: int, tokens: int) -> Rotation:
     """Of a rope as JSON, for a rope with parameters cannot be a key."""
-    return Rotation(msgspec.json.decode(rope, type=Rope), first_position + np.arange(tokens, dtype=np.int64))
+    return Rotation(decode_json(rope, Rope), first_position + np.arange(tokens, dtype=np.int64))
 
 
 def attention_factor(rope: Rope) -> float:

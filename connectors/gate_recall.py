@@ -1,10 +1,12 @@
 """Recall prompts from a file: data as JSON lines, or a Python file that makes them.
 
-A line of JSON is `{"context": [ids], "questions": [{"question": [ids], "answer": [ids]}]}`. A Python file defines
+A line of JSON is `{"context": [ids], "questions": [{"question": [ids], "answer": [ids]}]}`, for the blend gate with
+`"passages": [[start, stop], ...]`, where the context has them. A Python file defines
 
     def recall_prompts(seed: int, count: int) -> Iterable[tuple[context ids, [(question ids, answer ids), ...]]]
 
-and is run like a script, with its own folder to import from: name only files that you would run.
+(with a third item, [(start, stop), ...], for passages) and is run like a script, with its own folder to import from:
+name only files that you would run.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from kvstore.connectors.gate_trials import RecallPrompt
+from kvstore.decoding import decode_json
 from kvstore.errors import ConfigError
 
 LINE_BYTES_MAX = 16 << 20
@@ -41,7 +44,7 @@ def _read(path: Path, count: int) -> list[RecallPrompt]:
         lines = iter(lambda: file.readline(LINE_BYTES_MAX), b"")
         for line in islice(lines, count):
             try:
-                prompts.append(msgspec.json.decode(line, type=RecallPrompt))
+                prompts.append(decode_json(line, RecallPrompt))
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                 raise ConfigError(f"--recall: line {len(prompts) + 1} of {path} is not a prompt: {error}") from error
     return prompts
@@ -67,6 +70,8 @@ def _run(path: Path, seed: int, count: int) -> list[RecallPrompt]:
 
 
 def _prompt(item: object) -> RecallPrompt:
-    context, questions = msgspec.convert(item, tuple[list[int], list[tuple[list[int], list[int]]]])
-    built = [{"question": question, "answer": answer} for question, answer in questions]
-    return msgspec.convert({"context": context, "questions": built}, RecallPrompt)
+    context, questions, *more = item if isinstance(item, tuple) else (None, None)
+    asked = msgspec.convert(questions, list[tuple[list[int], list[int]]])
+    built = [{"question": question, "answer": answer} for question, answer in asked]
+    passages = more[0] if more else ()
+    return msgspec.convert({"context": context, "questions": built, "passages": passages}, RecallPrompt)

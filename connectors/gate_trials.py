@@ -55,10 +55,11 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RecallPrompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A context and its questions, as token ids."""
+    """A context and its questions, as token ids; where the context has passages, (start, stop) of each, if it says."""
 
     context: tuple[int, ...]
     questions: tuple[Question, ...]
+    passages: tuple[tuple[int, int], ...] = ()
 
 
 def text_trials(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from kvstore.errors import SpecError, UnsupportedModelError
 
@@ -130,6 +131,28 @@ def prompt_rows(input_ids: torch.Tensor, mask: torch.Tensor) -> list[Ids]:
     if not rows:
         raise SpecError("input_ids have no rows")
     return rows
+
+
+class Generated(msgspec.Struct, frozen=True):
+    """What `generate` answered, its sequences (rows, tokens), and time.perf_counter of its call and first logits."""
+
+    output: Any
+    sequences: torch.Tensor
+    started: float
+    first_step: float
+
+
+def run_generate(
+    model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor, cache: Cache, kwargs: dict[str, Any]
+) -> Generated:
+    """Call `model.generate` on a cache; takes `logits_processor` out of `kwargs`."""
+    first_step = FirstStep()
+    processors = LogitsProcessorList([*(kwargs.pop("logits_processor", None) or ()), first_step])
+    started = time.perf_counter()
+    generate: Any = model.generate  # torch types a module's attributes as tensors or modules
+    output = generate(input_ids, attention_mask=mask, past_key_values=cache, logits_processor=processors, **kwargs)
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    return Generated(output, sequences, started, first_step.seconds)
 
 
 class FirstStep(LogitsProcessor):

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from kvstore.decoding import convert
 from kvstore.errors import ServiceError
 from kvstore.events import Event
 from kvstore.hash_index import block_hash
@@ -138,7 +139,7 @@ def _event(given: dict[str, Any] | list[Any]) -> BlockEvent:
     if isinstance(given, list):
         kind = given[0] if given and isinstance(given[0], str) else ""
         given = {"type": kind, **dict(zip(_IN_ARRAYS.get(kind, ()), given[1:], strict=False))}
-    event: BlockEvent = msgspec.convert({**_UNSAID, **given}, BlockEvent)
+    event: BlockEvent = convert({**_UNSAID, **given}, BlockEvent)  # type: ignore[arg-type]
     return event
 
 

@@ -13,6 +13,7 @@ import msgspec
 from kvstore.connectors.remote_http import Address, Connection, Pool, UnreachableError, parse_url
 from kvstore.connectors.remote_session import ClientSession
 from kvstore.connectors.remote_stream import Buffers
+from kvstore.decoding import decode_json
 from kvstore.errors import ServiceError, ServiceUnavailableError
 from kvstore.outcome import Reason
 from kvstore.protocol import SESSION_HEADER, InfoReply
@@ -203,7 +204,7 @@ class Link:
 def decode(data: bytes, kind: type[T]) -> T:
     """An answer's body as a `kind`. Raises UnreachableError if it is none."""
     try:
-        return msgspec.json.decode(data, type=kind)
+        return decode_json(data, kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UnreachableError(Reason.UNAVAILABLE, f"the daemon's answer is not one: {error}") from error
 

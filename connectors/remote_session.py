@@ -12,6 +12,7 @@ import time
 
 import msgspec
 
+from kvstore.decoding import decode_json
 from kvstore.errors import ServiceError, TierError
 from kvstore.protocol import (
     ACK,
@@ -54,7 +55,7 @@ class ClientSession:
             hello = self._receive_hello()
             self.name = hello.session
             self.staging = self._send_staging(hello.staging_bytes_max)
-            ready = msgspec.json.decode(self._socket.recv(SESSION_MESSAGE_BYTES_MAX), type=SessionReady)
+            ready = decode_json(self._socket.recv(SESSION_MESSAGE_BYTES_MAX), SessionReady)
             if ready.error:
                 raise ServiceError(f"the daemon refused the session: {ready.error}")
         except msgspec.MsgspecError as error:
@@ -109,10 +110,10 @@ class ClientSession:
         data, fds, _, _ = socket.recv_fds(self._socket, SESSION_MESSAGE_BYTES_MAX, 1)
         try:
             # A refusal has the shape of the last message, so that it can be said at any point.
-            refusal = msgspec.json.decode(data, type=SessionReady)
+            refusal = decode_json(data, SessionReady)
             if refusal.error:
                 raise ServiceError(f"the daemon refused the session: {refusal.error}")
-            hello = msgspec.json.decode(data, type=SessionHello)
+            hello = decode_json(data, SessionHello)
             if hello.version != SESSION_VERSION or len(fds) != 1:
                 raise ServiceError(f"session version {hello.version} with {len(fds)} descriptors; this build speaks 1")
             if abs(hello.now - time.monotonic()) > CLOCK_DIFFERENCE_SECONDS_MAX:

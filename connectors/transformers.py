@@ -15,14 +15,14 @@ from typing import Any
 
 import msgspec
 import torch
-from transformers import Cache, LogitsProcessorList, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from kvstore import gate, gate_records
 from kvstore.client import Client
 from kvstore.codec import Codec
 from kvstore.codecs import registry
 from kvstore.connector import Loaded, ReuseReport, Stored
-from kvstore.connectors.hf_generate import HEADROOM_TOKENS, FirstStep, GenerateSettings, Ids, prompt_rows
+from kvstore.connectors.hf_generate import HEADROOM_TOKENS, GenerateSettings, Ids, prompt_rows, run_generate
 from kvstore.connectors.hf_shared import identify_shared
 from kvstore.connectors.model_identity import identify
 from kvstore.connectors.prefix import (
@@ -184,23 +184,18 @@ class TransformersConnector:
         else:
             turns = [self._fill_row(prefixes, ids, memory, row, width) for row, ids in enumerate(prompts)]
             cache = memory.cache(width - 1)
-        first_step = FirstStep()
-        processors = LogitsProcessorList([*(kwargs.pop("logits_processor", None) or ()), first_step])
-        started = time.perf_counter()
-        generate: Any = self.model.generate  # torch types a module's attributes as tensors or modules
-        output = generate(input_ids, attention_mask=mask, past_key_values=cache, logits_processor=processors, **kwargs)
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        done = run_generate(self.model, input_ids, mask, cache, kwargs)
         final = TorchKV.of(prefixes.spec, cache)
-        for row, (turn, sequence) in enumerate(zip(turns, sequences.cpu().numpy(), strict=True)):
+        for row, (turn, sequence) in enumerate(zip(turns, done.sequences.cpu().numpy(), strict=True)):
             padding = width - len(turn.ids)
             if alone:
-                self._computed(turn, started, len(turn.ids), first_step.seconds)
+                self._computed(turn, done.started, len(turn.ids), done.first_step)
             else:
-                turn.compute_ms += (first_step.seconds - started) * 1e3
+                turn.compute_ms += (done.first_step - done.started) * 1e3
             chain = prefixes.chain(given.worth_storing(sequence[padding:], len(turn.ids)))
             stored = prefixes.store(chain, turn.in_store, final.row(row, padding), replace=turn.replace)
             turn.stored = turn.stored.plus(stored)
-        return output, [_report(turn) for turn in turns]
+        return done.output, [_report(turn) for turn in turns]
 
     def _load(self, prefixes: PrefixStore, ids: Ids, memory: TorchKV) -> _Turn:
         """Load what is known of a prompt, at most all but its last token, whose logits are wanted."""

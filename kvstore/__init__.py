@@ -18,6 +18,8 @@ from kvstore.errors import (
 )
 from kvstore.keys import KeyScheme
 from kvstore.outcome import Lookup, Miss, PutStatus, Reason
+from kvstore.span_plan import PlanOptions, SpanPlan
+from kvstore.spans import Document, Span
 from kvstore.spec import KVSpec, Rope, fingerprint
 
 __version__ = "0.1.0"
@@ -29,18 +31,22 @@ __all__ = [
     "ConfigError",
     "ContainerError",
     "Context",
+    "Document",
     "KVSpec",
     "KVStoreError",
     "KeyScheme",
     "Lookup",
     "Miss",
     "Part",
+    "PlanOptions",
     "PutChunk",
     "PutStatus",
     "Reason",
     "Rope",
     "ServiceError",
     "ServiceUnavailableError",
+    "Span",
+    "SpanPlan",
     "SpecError",
     "TierError",
     "UnsupportedModelError",

@@ -13,7 +13,7 @@ from kvstore.container import Header, Segment
 from kvstore.errors import ContainerError
 from kvstore.levels import parse_up_to
 from kvstore.loan import Loan
-from kvstore.movers import begin, collected, give_back
+from kvstore.movers import Movers, begin, collected, give_back
 from kvstore.outcome import Miss
 from kvstore.partial_reading import borrow_up_to
 from kvstore.promotion import Promoter
@@ -43,7 +43,7 @@ class Step(msgspec.Struct, frozen=True):
 
 def chunk_steps(
     promoter: Promoter,
-    movers: Executor,
+    movers: Movers,
     keys: Sequence[bytes],
     sizes: Callable[[Sequence[bytes]], list[int]],
     *,
@@ -58,7 +58,7 @@ def chunk_steps(
     try:
         while True:
             while len(started) < WINDOWS_AHEAD and (indices := next(waiting, None)) is not None:
-                started.append(_Window(promoter, movers, indices, keys, deadline, min_quality, max_quality))
+                started.append(_Window(promoter, movers.seekers, indices, keys, deadline, min_quality, max_quality))
             if not started:
                 return
             yield from started[0].steps()

@@ -10,15 +10,19 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
+from kvstore.decoding import decode_json
 from kvstore.errors import ConfigError, ContainerError
 from kvstore.gate import GateRecord, judge
 from kvstore.outcome import Reason
+
+Record = TypeVar("Record")
 
 SUFFIX = ".kvgate"
 DIRECTORIES_VARIABLE = "KVSTORE_PROFILES"
@@ -42,12 +46,9 @@ def parse_record(data: bytes | memoryview, *, record_id: bytes | None = None) ->
     Raises:
         ContainerError: with the reason (too_large, malformed, wrong_key).
     """
-    if len(data) > RECORD_BYTES_MAX:
-        raise ContainerError(Reason.TOO_LARGE, f"gate record of {len(data)} bytes; at most {RECORD_BYTES_MAX}")
-    if record_id is not None and hashlib.sha256(data).digest() != record_id:
-        raise ContainerError(Reason.WRONG_KEY, f"bytes are not gate record {record_id.hex()[:12]}")
+    check_named(data, record_id)
     try:
-        record = msgspec.json.decode(data, type=GateRecord)
+        record = decode_json(data, GateRecord)
     except (msgspec.MsgspecError, ConfigError, UnicodeDecodeError, RecursionError) as error:
         raise ContainerError(Reason.MALFORMED, f"gate record: {error}") from error
     if any(previous.level >= result.level for previous, result in zip(record.levels, record.levels[1:], strict=False)):
@@ -58,14 +59,26 @@ def parse_record(data: bytes | memoryview, *, record_id: bytes | None = None) ->
     return record
 
 
+def check_named(data: bytes | memoryview, record_id: bytes | None) -> None:
+    """Raise ContainerError unless bytes may be a record, and are those of that SHA-256 if one is given."""
+    if len(data) > RECORD_BYTES_MAX:
+        raise ContainerError(Reason.TOO_LARGE, f"gate record of {len(data)} bytes; at most {RECORD_BYTES_MAX}")
+    if record_id is not None and hashlib.sha256(data).digest() != record_id:
+        raise ContainerError(Reason.WRONG_KEY, f"bytes are not gate record {record_id.hex()[:12]}")
+
+
 def save(record: GateRecord, directory: str | Path) -> Path:
     """Write a record under its name into a directory, whole or not at all; answers the path.
 
     Raises:
         ConfigError: the directory cannot be written to.
     """
-    data = pack_record(record)
-    path = Path(directory) / f"{hashlib.sha256(data).hexdigest()}{SUFFIX}"
+    return write_named(pack_record(record), directory, SUFFIX)
+
+
+def write_named(data: bytes, directory: str | Path, suffix: str) -> Path:
+    """Write bytes under their SHA-256 into a directory, whole or not at all; answers the path. Raises ConfigError."""
+    path = Path(directory) / f"{hashlib.sha256(data).hexdigest()}{suffix}"
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,17 +96,20 @@ def directories() -> list[Path]:
 
 def load_all(places: Iterable[str | Path] | None = None) -> tuple[GateRecord, ...]:
     """Every good record of the directories (None: those of KVSTORE_PROFILES); bad ones are named in the log."""
+    return read_named(places, SUFFIX, lambda data, record_id: parse_record(data, record_id=record_id))
+
+
+def read_named(
+    places: Iterable[str | Path] | None, suffix: str, parse: Callable[[bytes, bytes], Record]
+) -> tuple[Record, ...]:
+    """What `parse(bytes, SHA-256 in the name)` makes of the files; those that it raises on are named in the log."""
     records = []
     for place in directories() if places is None else places:
-        for path in islice(sorted(Path(place).glob(f"*{SUFFIX}")), RECORDS_MAX):
+        for path in islice(sorted(Path(place).glob(f"*{suffix}")), RECORDS_MAX):
             try:
-                records.append(_load(path))
+                with path.open("rb") as file:
+                    data = file.read(RECORD_BYTES_MAX + 1)
+                records.append(parse(data, bytes.fromhex(path.name.removesuffix(suffix))))
             except (ContainerError, OSError, ValueError) as error:
                 _log.warning("gate record %s is ignored: %s", path, error)
     return tuple(records)
-
-
-def _load(path: Path) -> GateRecord:
-    with path.open("rb") as file:
-        data = file.read(RECORD_BYTES_MAX + 1)
-    return parse_record(data, record_id=bytes.fromhex(path.name.removesuffix(SUFFIX)))

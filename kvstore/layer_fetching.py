@@ -18,7 +18,7 @@ from kvstore.errors import ContainerError
 from kvstore.fetching import Step, windows
 from kvstore.levels import up_to_level
 from kvstore.loan import Loan
-from kvstore.movers import CLOSED, begin
+from kvstore.movers import CLOSED, Movers, begin
 from kvstore.outcome import Miss
 from kvstore.promotion import ABSENT, HEAD_READ_BYTES, LATE, Place, Promoter, wanted_from
 from kvstore.tier import IO_ALIGN, ReadItem, Tier
@@ -74,7 +74,7 @@ class _Load:
 
 def layer_steps(
     promoter: Promoter,
-    movers: Executor,
+    movers: Movers,
     keys: Sequence[bytes],
     sizes: Callable[[Sequence[bytes]], list[int]],
     *,
@@ -106,7 +106,7 @@ class LayerFetch:
     def __init__(
         self,
         promoter: Promoter,
-        movers: Executor,
+        movers: Movers,
         chunks: Sequence[tuple[int, bytes]],
         *,
         deadline: float,
@@ -119,6 +119,7 @@ class LayerFetch:
         self._min_quality = min_quality
         self._loads = [_Load(index, key, max_quality) for index, key in chunks]
         self._reading: Future[dict[int, Miss]] | None = None
+        self._given_up = False
 
     def steps(self) -> Iterator[Step]:
         """The steps; closing the iterator releases everything."""
@@ -129,19 +130,19 @@ class LayerFetch:
             while active:
                 for load in active:
                     if load.index in misses:
-                        if self._reading is None:
+                        if not self._given_up:
                             self._end(load)
                         yield Step(load.index, misses[load.index], first=round_index == 0)
                 active = [load for load in active if load.index not in misses]
-                if self._reading is not None:
-                    return  # out of time: all of them have missed
+                if self._given_up:
+                    return  # all of them have missed
                 if round_index == 0:
-                    self._start(self._read_round, active, 0)
+                    self._start(self._movers.holders, self._read_round, active, 0)
                 misses = self._collect(active)
                 arrived = [load for load in active if load.index not in misses]
                 further = [load for load in arrived if len(load.groups) > round_index + 1]
-                if self._reading is None:
-                    self._start(self._read_round, further, round_index + 1)
+                if not self._given_up:
+                    self._start(self._movers.holders, self._read_round, further, round_index + 1)
                 for load in arrived:
                     yield load.step(round_index)
                     if load not in further:
@@ -155,10 +156,16 @@ class LayerFetch:
             else:
                 self._end_all()
 
-    def _start(self, read: Callable[[list[_Load], int], dict[int, Miss]], loads: list[_Load], round_index: int) -> None:
+    def _start(
+        self,
+        movers: Executor,
+        read: Callable[[list[_Load], int], dict[int, Miss]],
+        loads: list[_Load],
+        round_index: int,
+    ) -> None:
         """Let a mover read for those of `loads` that are not lent; what is in memory costs no thread hop."""
         behind = [load for load in loads if load.loan is None]
-        self._reading = begin(self._movers, read, behind, round_index) if behind else None
+        self._reading = begin(movers, read, behind, round_index) if behind else None
 
     def _collect(self, loads: list[_Load]) -> dict[int, Miss]:
         """The misses of the read that was started last; at the deadline everything not lent is one."""
@@ -168,8 +175,10 @@ class LayerFetch:
             misses = self._reading.result(timeout=max(0.0, self._deadline - time.monotonic()))
         except FutureTimeoutError:
             self._reading.cancel()
+            self._given_up = True
             return {load.index: LATE for load in loads}
         except CancelledError:
+            self._given_up = True
             return {load.index: CLOSED for load in loads}
         self._reading = None
         return misses
@@ -178,7 +187,7 @@ class LayerFetch:
         """Lease every chunk that is in memory, place the others and read their headers. Answers the misses."""
         for load in self._loads:
             load.loan = self._promoter.lease(load.key, min_quality=self._min_quality)
-        self._start(lambda loads, _: self._open_below(loads), self._loads, 0)
+        self._start(self._movers.seekers, lambda loads, _: self._open_below(loads), self._loads, 0)
         misses = self._collect(self._loads)
         for load in self._loads:
             if load.loan is not None and load.index not in misses:

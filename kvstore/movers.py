@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Executor, Future
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import ParamSpec, TypeVar
 
@@ -19,6 +19,25 @@ CLOSED = Miss(Reason.UNAVAILABLE, "the store is closed")
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+
+
+class Movers:
+    """The threads of a store that wait for its tiers, in two pools, so that room outside memory always comes free.
+
+    Attributes:
+        seekers: for work that may wait for such room, or for who waits for it.
+        holders: for who has some, or needs none: nothing here waits for room, so whoever holds it can go on and give
+            it back, however many seekers wait.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.seekers = ThreadPoolExecutor(threads, thread_name_prefix="kvstore-mover")
+        self.holders = ThreadPoolExecutor(threads, thread_name_prefix="kvstore-holder")
+
+    def shutdown(self) -> None:
+        """Leave out what has not begun, and wait for the rest."""
+        for pool in (self.seekers, self.holders):
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def begin(

@@ -12,11 +12,10 @@ from kvstore.errors import ConfigError
 from kvstore.keys import DEFAULT_CHUNK_TOKENS, KeyScheme, Tokens, token_array
 from kvstore.outcome import Miss
 from kvstore.protocol import HexBytes, Request, TokenId, parse_keys
-from kvstore.span_plan import PlanOptions, SpanPlan
+from kvstore.span_plan import DOCUMENTS_MAX, PlanOptions, SpanPlan
 from kvstore.spans import Document, Span, SpanKind, SpanReason
 from kvstore.spec import CHUNK_TOKENS_MAX
 
-DOCUMENTS_MAX = 4096
 PROMPTS_MAX = 4096
 
 ChunkTokens = Annotated[int, msgspec.Meta(ge=1, le=CHUNK_TOKENS_MAX)]

@@ -56,7 +56,7 @@ class Putter:
         promoter: lends what is in memory.
         transient: budget for chunks that memory cannot take.
         behind: the way to the durable tier; None if there is none or no memory before it.
-        movers: threads for chunks that memory cannot take.
+        movers: threads for chunks that memory cannot take; none of them waits for room in `transient`.
         counters: gets puts (label: stored, existed, or the reason of a refusal) and put_bytes.
         events: remembers what a tenant's quota has kept out.
         transcoders: of the tiers that have a codec of their own, by name; for chunks that memory cannot take.

@@ -150,7 +150,9 @@ class SideCar(msgspec.Struct, frozen=True, kw_only=True):
         return self.scope == scope_of(keys) and keys.content(self.ids, self.parent) == self.key
 
     def pack(self) -> bytes:
-        """The side-car's bytes. Raises SpecError."""
+        """The side-car's bytes. Raises SpecError: a section has a name that is the side-car's own, or does not fit."""
+        if taken := self.sections.keys() & {"chunk", "tokens"}:
+            raise SpecError(f"section name {min(taken)!r} is the side-car's own; use another")
         chunk = CHUNK.pack(self.scope, self.key, self.parent, self.preamble, self.position, self.preamble_tokens, 0)
         return pack_sections({"chunk": chunk, "tokens": self.tokens, **self.sections})
 

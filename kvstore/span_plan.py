@@ -11,12 +11,14 @@ from kvstore.errors import ConfigError
 from kvstore.outcome import Miss
 from kvstore.spans import Document, Span
 
+DOCUMENTS_MAX = 4096
+
 
 class PlanOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How to plan a prompt.
 
     Args:
-        documents: where the prompt has documents, from left to right, without overlap.
+        documents: where the prompt has documents, from left to right, without overlap; at most DOCUMENTS_MAX.
         preamble_tokens: how many of the prompt's first tokens are the preamble that documents are computed behind.
         scan: look for known documents everywhere else, too.
         any_preamble: accept pieces that were computed behind another preamble; their spans say so.
@@ -25,7 +27,7 @@ class PlanOptions(msgspec.Struct, frozen=True, kw_only=True):
         rates: what loading and computing take, for a plan by time; without, whatever is stored is loaded.
 
     Raises:
-        ConfigError: documents that are empty, overlap one another or the preamble; a number out of range.
+        ConfigError: documents that are empty, too many, or overlap one another or the preamble; a number out of range.
     """
 
     documents: Sequence[Document] = ()
@@ -41,6 +43,8 @@ class PlanOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"preamble_tokens is {self.preamble_tokens}; it must not be negative")
         if not 0 <= self.recompute_share <= 1:
             raise ConfigError(f"recompute_share is {self.recompute_share}; it must be in 0..1")
+        if len(self.documents) > DOCUMENTS_MAX:
+            raise ConfigError(f"documents has {len(self.documents)} entries; a plan takes {DOCUMENTS_MAX}")
         end, before = self.preamble_tokens, "the preamble"
         for index, document in enumerate(self.documents):
             name = f"documents[{index}]"

@@ -26,7 +26,7 @@ from kvstore.span_index import ENTRY_BYTES, SpanIndex
 from kvstore.span_plan import PlanOptions, SpanPlan
 from kvstore.span_planning import plan_prompt
 from kvstore.store import Store
-from kvstore.tier import Entry
+from kvstore.tier import Entry, Removal
 
 _log = logging.getLogger(__name__)
 
@@ -106,6 +106,14 @@ class SpanPlanner:
             for event in events:
                 if event.kind == "stored" and self._is_wanted(event.key, event.parent or ROOT, event.nbytes):
                     self._new.append(event.key)
+                elif event.reason is Removal.DELETED:
+                    self._forget(event.key)
+
+    def _forget(self, key: bytes) -> None:
+        """Forget a piece whose side-car has been deleted: whoever deletes a text wants it gone."""
+        piece = self.index.described_by(key)
+        if piece is not None and self._store.head([key]) == [None]:
+            self.index.discard(piece)
 
     def _stored(self) -> Iterator[Entry]:
         """What is stored, slowest tier first, and in each least recently used first."""

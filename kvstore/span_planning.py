@@ -5,19 +5,14 @@ covers its tokens. Behind it, every piece that stands in the prompt where it may
 candidate; those that are stored are weighed by the time they save, or by their tokens while times are not known, and
 the best of them that do not overlap are taken (`kvstore.span_cover`). A piece is never trimmed at its beginning: what
 the prefix covers in part is recomputed from there on.
-
-Nothing is assumed of what was found by hash or said by a caller: tokens are compared, and a piece's key is made again
-from the prompt's own tokens.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import Protocol
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -25,24 +20,12 @@ from kvstore.client import ChunkInfo
 from kvstore.keys import KeyScheme, Tokens, token_array
 from kvstore.outcome import Lookup, Miss, Reason
 from kvstore.planning import plan_loads
-from kvstore.sidecar import scope_of
+from kvstore.span_candidates import Candidate, candidates
 from kvstore.span_cover import Interval, best_cover
 from kvstore.span_index import SpanIndex
 from kvstore.span_plan import PlanOptions, SpanPlan
-from kvstore.spans import Span, SpanReason, cut, preamble_key
-
-DETAILS = {
-    SpanReason.NEW: "no chunk with this text is known",
-    SpanReason.ABSENT: "a document's chunk that no tier holds",
-    SpanReason.OVERLAP: "part of a chunk, of which another part is covered by a better span",
-    SpanReason.NOT_WORTH_IT: "computing it is quicker than loading it",
-    SpanReason.TOKENISATION: "the document's tokens are not the prompt's from here on",
-    SpanReason.PREAMBLE: "computed behind another preamble",
-    SpanReason.LAST_TOKEN: "the last token is always computed",
-    SpanReason.UNAVAILABLE: "the store does not answer",
-}
-_REASONS = tuple(SpanReason)
-_CODE = {reason: code for code, reason in enumerate(_REASONS)}
+from kvstore.span_reasons import DETAILS, Reasons
+from kvstore.spans import Span, SpanReason
 
 
 class Findable(Protocol):
@@ -53,14 +36,6 @@ class Findable(Protocol):
 
     def head(self, keys: Sequence[bytes]) -> list[ChunkInfo | None]:
         """Size and tiers of each chunk."""
-
-
-class _Candidate(msgspec.Struct, frozen=True):
-    start: int
-    stop: int
-    key: bytes
-    position: int
-    preamble_matches: bool
 
 
 def plan_prompt(
@@ -109,11 +84,8 @@ class _Planning:
         self._keys = keys
         self._options = options
         self._rates = options.rates
-        self._preamble = ids[: options.preamble_tokens]
-        self._preamble_key = preamble_key(keys, self._preamble)
         self._last = len(ids) - 1
-        # Why each token would be recomputed; what is painted later counts more.
-        self._why = np.full(len(ids), _CODE[SpanReason.NEW], np.uint8)
+        self._reasons = Reasons(len(ids))
 
     def run(self) -> SpanPlan:
         """The plan."""
@@ -129,10 +101,12 @@ class _Planning:
         size = self._keys.chunk_tokens
         stops = [min((index + 1) * size, self._last) for index in range(found.chunks)]
         if stops and stops[-1] == self._last:
-            self._paint(self._last, self._last + 1, SpanReason.LAST_TOKEN)
+            self._reasons.paint(self._last, self._last + 1, SpanReason.LAST_TOKEN)
         count = sum(1 for index, stop in enumerate(stops) if stop > index * size)
         nbytes = found.nbytes[:count] or (0,) * count
-        loads = [self._rates.load_ms(tier, size) for tier, size in zip(found.tiers, nbytes, strict=False)]
+        loads: list[float | None] = [None] * count
+        if found.nbytes:
+            loads = [self._rates.load_ms(tier, size) for tier, size in zip(found.tiers, nbytes, strict=False)]
         prefill = self._rates.prefill
         if prefill is not None and count:
             savings = [prefill.tokens_ms(stops[index] - index * size, index * size) for index in range(count)]
@@ -145,7 +119,7 @@ class _Planning:
                 room_ms=math.inf,
                 budget_ms=math.inf,
             )
-            self._paint(len(worth.levels) * size, stops[count - 1], SpanReason.NOT_WORTH_IT)
+            self._reasons.paint(len(worth.levels) * size, stops[count - 1], SpanReason.NOT_WORTH_IT)
             count = len(worth.levels)
         if not count:
             return []
@@ -165,66 +139,25 @@ class _Planning:
         ]
 
     def _contents(self, covered: int) -> list[Span]:
-        candidates = self._candidates(covered)
-        names = list({candidate.key: None for candidate in candidates})
+        found = candidates(self._index, self._ids, self._keys, self._options, covered, self._reasons)
+        names = list({candidate.key: None for candidate in found})
         infos = dict(zip(names, self._store.head(names) if names else (), strict=True))
         spans = []
-        for candidate in candidates:
+        for candidate in found:
             info = infos[candidate.key]
             if info is None:
-                self._paint(candidate.start, candidate.stop, SpanReason.ABSENT)
+                self._reasons.paint(candidate.start, candidate.stop, SpanReason.ABSENT)
             else:
                 spans.append(self._span(candidate, info))
         weights = [self._weight(span) for span in spans]
         for span, weight in zip(spans, weights, strict=True):
-            self._paint(span.start, span.stop, SpanReason.OVERLAP if weight > 0 else SpanReason.NOT_WORTH_IT)
+            self._reasons.paint(span.start, span.stop, SpanReason.OVERLAP if weight > 0 else SpanReason.NOT_WORTH_IT)
         intervals = [
             Interval(span.start, span.stop, weight, span.keys[0]) for span, weight in zip(spans, weights, strict=True)
         ]
         return self._worth_a_request([(spans[index], weights[index]) for index in best_cover(intervals)])
 
-    def _candidates(self, covered: int) -> list[_Candidate]:
-        """Pieces that stand in the prompt behind the prefix, each once, from left to right."""
-        found = {}
-        for candidate in [*self._scanned(), *self._given()]:
-            if candidate.stop > self._last:
-                self._paint(self._last, self._last + 1, SpanReason.LAST_TOKEN)
-                candidate = msgspec.structs.replace(candidate, stop=self._last)
-            if candidate.start < covered:
-                self._paint(covered, candidate.stop, SpanReason.OVERLAP)
-            elif candidate.start < candidate.stop:
-                found[candidate.start, candidate.key] = candidate
-        return [found[place] for place in sorted(found)]
-
-    def _scanned(self) -> Iterator[_Candidate]:
-        if self._index is None or not self._options.scan:
-            return
-        scope = scope_of(self._keys)
-        for match in self._index.find(scope, self._ids):
-            piece = match.piece
-            if self._keys.content(self._ids[match.start : match.stop], piece.parent) != piece.key:
-                continue  # its side-car says something else than its key
-            matches = piece.preamble == self._preamble_key and match.origin >= len(self._preamble)
-            if not matches and not self._options.any_preamble:
-                self._paint(match.start, match.stop, SpanReason.PREAMBLE)
-                continue
-            position = len(self._preamble) + match.start - match.origin if matches else piece.position
-            yield _Candidate(match.start, match.stop, piece.key, position, matches)
-
-    def _given(self) -> Iterator[_Candidate]:
-        for document in self._options.documents:
-            tokens = self._ids[document.start : document.stop] if document.tokens is None else document.tokens
-            own = token_array(tokens)
-            for piece in cut(self._keys, own, preamble=self._preamble):
-                start, stop = document.start + piece.start, document.start + piece.stop
-                if stop > document.stop or not np.array_equal(self._ids[start:stop], own[piece.start : piece.stop]):
-                    self._paint(start, document.stop, SpanReason.TOKENISATION)
-                    break
-                yield _Candidate(start, stop, piece.key, piece.position, True)
-            else:
-                self._paint(document.start + len(own), document.stop, SpanReason.TOKENISATION)
-
-    def _span(self, candidate: _Candidate, info: ChunkInfo) -> Span:
+    def _span(self, candidate: Candidate, info: ChunkInfo) -> Span:
         prefill = self._rates.prefill
         return Span(
             kind="content",
@@ -259,11 +192,8 @@ class _Planning:
             if saved[span.tiers[0]] > self._rates.request_ms(span.tiers[0]):
                 kept.append(span)
             else:
-                self._paint(span.start, span.stop, SpanReason.NOT_WORTH_IT)
+                self._reasons.paint(span.start, span.stop, SpanReason.NOT_WORTH_IT)
         return kept
-
-    def _paint(self, start: int, stop: int, reason: SpanReason) -> None:
-        self._why[start : max(start, stop)] = _CODE[reason]
 
     def _with_gaps(self, spans: Sequence[Span]) -> Iterator[Span]:
         end = 0
@@ -275,17 +205,15 @@ class _Planning:
 
     def _recompute(self, start: int, stop: int) -> Iterator[Span]:
         prefill = self._rates.prefill
-        for code, run in groupby(self._why[start:stop].tolist()):
-            end = start + sum(1 for _ in run)
+        for first, end, reason in self._reasons.runs(start, stop):
             yield Span(
                 kind="recompute",
-                start=start,
+                start=first,
                 stop=end,
-                compute_ms=None if prefill is None else prefill.tokens_ms(end - start, start),
-                reason=_REASONS[code],
-                detail=DETAILS[_REASONS[code]],
+                compute_ms=None if prefill is None else prefill.tokens_ms(end - first, first),
+                reason=reason,
+                detail=DETAILS[reason],
             )
-            start = end
 
     def _totals(self, spans: Sequence[Span]) -> SpanPlan:
         loaded = [span for span in spans if span.kind != "recompute"]

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.decoding import decode_json
 from kvstore.errors import SpecError
 
 DType = Literal["float32", "float16", "bfloat16", "float8_e4m3", "float8_e5m2"]
@@ -166,7 +167,7 @@ class KVSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 def _from_json(data: bytes) -> KVSpec:
     """Kept, because the chunks of a model all name the same spec, and reading it is half the cost of a header."""
     try:
-        return msgspec.json.decode(data, type=KVSpec)
+        return decode_json(data, KVSpec)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise SpecError(f"not a KVSpec: {error}") from error
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import msgspec
@@ -27,7 +26,7 @@ from kvstore.handing_down import connect_tiers
 from kvstore.keys import ROOT
 from kvstore.layer_fetching import layer_steps
 from kvstore.loan import Loan, TransientPool
-from kvstore.movers import borrow_by, done_by
+from kvstore.movers import Movers, borrow_by, done_by
 from kvstore.outcome import Lookup, Miss, PutStatus, Reason
 from kvstore.parking import Parking
 from kvstore.pins import Pins
@@ -94,7 +93,7 @@ class Store:
         first = (recipes or {}).get((self.memory or tiers[0]).name)
         self.put_codec = first.codec if first is not None else ""
         transcoders = self._transcoders(recipes or {}, gates)
-        self._movers = ThreadPoolExecutor(self.settings.mover_threads, thread_name_prefix="kvstore-mover")
+        self._movers = Movers(self.settings.mover_threads)
         self._prefetcher = Prefetcher(
             self._promoter,
             tiers,
@@ -118,9 +117,11 @@ class Store:
             else None
         )
         self._putter = Putter(
-            self._promoter, self._transient, self._behind, self._movers, self.counters, self.events, transcoders
+            self._promoter, self._transient, self._behind, self._movers.holders, self.counters, self.events, transcoders
         )
-        self._parking = Parking(tiers, self._promoter, self._movers, self._behind, self._window_bytes, self.counters)
+        self._parking = Parking(
+            tiers, self._promoter, self._movers.seekers, self._behind, self._window_bytes, self.counters
+        )
         connect_tiers(tiers, self.counters)
         self._closed = False
 
@@ -229,7 +230,7 @@ class Store:
         deadline = deadline_at(deadline_ms)
         outcome: Loan | Miss | None = _CLOSED_MISS if self._closed else self._promoter.lease(key)
         if outcome is None:
-            (outcome,) = borrow_by(self._movers, self._promoter, [key], deadline)
+            (outcome,) = borrow_by(self._movers.seekers, self._promoter, [key], deadline)
         if isinstance(outcome, Miss):
             outcome = self.events.told(key, outcome)
             self.counters.add("misses", str(outcome.reason))
@@ -303,7 +304,7 @@ class Store:
         return self._pins.unpin(keys, owner=owner)
 
     def delete(self, keys: Sequence[bytes]) -> list[bool]:
-        """Remove chunks from every tier, and from the way down."""
+        """Remove chunks from every tier, and from the way down; what a tier does not finish writing may come yet."""
         check_keys(keys)
         deadline = deadline_at(None)
         self._prefetcher.cancel(keys)
@@ -340,7 +341,7 @@ class Store:
             return True  # closing has flushed
         if self._behind is not None and not self._behind.flush(deadline=deadline):
             return False
-        return all(done_by(self._movers, tier.flush, deadline) for tier in self.tiers if tier.durable)
+        return all(done_by(self._movers.holders, tier.flush, deadline) for tier in self.tiers if tier.durable)
 
     def close(self) -> None:
         """Write what is on its way down, then close every tier. Idempotent."""
@@ -348,7 +349,7 @@ class Store:
             return
         self._closed = True
         self._prefetcher.close()
-        self._movers.shutdown(wait=True, cancel_futures=True)
+        self._movers.shutdown()
         if self._behind is not None:
             self._behind.close()
         for tier in self.tiers:

@@ -12,6 +12,7 @@ import msgspec
 from aiohttp import web
 
 from kvstore.client import DEADLINE_MS_DEFAULT
+from kvstore.decoding import decode_json
 from kvstore.errors import ConfigError
 from kvstore.keys import ROOT
 from kvstore.protocol import parse_keys
@@ -23,7 +24,6 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 _UNKNOWN_FIELD = re.compile(r"unknown field `([^`]*)`")
 _PLACE = re.compile(r"at `\$\.([^`]{1,80})`")
-_DECODERS: dict[type[msgspec.Struct], msgspec.json.Decoder[msgspec.Struct]] = {}
 
 
 async def read_body(request: web.Request, kind: type[T]) -> T:
@@ -43,9 +43,8 @@ async def read_body(request: web.Request, kind: type[T]) -> T:
 
 def decode_body(data: bytes, kind: type[T]) -> T:
     """Like `read_body`, of bytes."""
-    decoder = _DECODERS.setdefault(kind, msgspec.json.Decoder(kind))
     try:
-        body = decoder.decode(data)
+        return decode_json(data, kind)
     except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         unknown = _UNKNOWN_FIELD.search(str(error))
         if unknown is None:
@@ -55,8 +54,6 @@ def decode_body(data: bytes, kind: type[T]) -> T:
         near = difflib.get_close_matches(unknown[1], names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"valid are: {', '.join(names)}"
         raise RefusalError(400, "invalid", f"unknown field {unknown[1]!r:.80}; {hint}", unknown[1][:80]) from error
-    assert isinstance(body, kind)
-    return body
 
 
 def keys_of(texts: Sequence[str], keys_max: int) -> list[bytes]:

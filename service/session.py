@@ -20,6 +20,7 @@ from typing import Protocol, cast
 
 import msgspec
 
+from kvstore.decoding import decode_json
 from kvstore.errors import ServiceError
 from kvstore.protocol import ACK, SESSION_MESSAGE_BYTES_MAX, SESSION_VERSION, SessionHello, SessionReady, SessionStaging
 from kvstore.service.ledger import Ledger
@@ -189,7 +190,7 @@ class SessionServer:
                 raise ServiceError("the client left during the handshake")
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise ServiceError("the client's hello is too long or carries more than one descriptor")
-            staging = msgspec.json.decode(data, type=SessionStaging)
+            staging = decode_json(data, SessionStaging)
             if not staging.staging_bytes and not fds:
                 return None
             if len(fds) != 1:

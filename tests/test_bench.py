@@ -11,6 +11,13 @@ import pytest
 from kvstore import cli
 
 EXPECTED = {
+    "blend": {
+        "blend.full_ratio_logit_error",
+        "blend.recall_gap_points",
+        "blend.kl_vs_concat",
+        "blend.links.worst_vs_prefill",
+        "blend.ttft_vs_prefill",
+    },
     "codec": {
         "codec.ladder.bits_vs_cachegen",
         "codec.lossless_dense.bits",

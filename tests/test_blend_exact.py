@@ -3,7 +3,6 @@ family, rope and attention."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,15 +26,6 @@ WINDOW = 20
 WINDOWED = ("mistral", "qwen2", "qwen3")
 LAYERS: dict[str, Any] = {"num_hidden_layers": 4}
 EVERYTHING: tuple[Policy, ...] = (FirstK(tokens=1000), HighDeviation(ratio=1.0), Recommended(ratio=1.0))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small models on a busy machine wait for their threads a hundred times longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def blend(model: Any, prompt: Blendable, policy: Policy, **options: Any) -> Blended:

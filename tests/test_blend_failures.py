@@ -1,9 +1,11 @@
-"""The ways in which blending is known to go wrong elsewhere, one test each."""
+"""What a blend does when the store does not: chunks that are late, damaged or foreign, and a store that goes away."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,279 +14,248 @@ pytest.importorskip("transformers")
 
 import torch
 
-from kvstore.bench import blend_prompts
-from kvstore.bench.blend_baselines import cacheblend_published
-from kvstore.connectors.blend import registry
-from kvstore.connectors.blend.compiling import compile_span
-from kvstore.connectors.blend.engine import blend_prefill
-from kvstore.connectors.blend.policies.first_k import FirstK
-from kvstore.connectors.blend.policies.hkvd import HighDeviation
-from kvstore.connectors.blend.policies.none import Fixed
+from kvstore.bench.daemon import Daemon
+from kvstore.client import Client, Part
+from kvstore.compose import open_store
+from kvstore.config import Config, TierConfig
+from kvstore.connectors.blend.connector import BlendConnector
+from kvstore.connectors.blend.outcomes import BlendedReport
 from kvstore.connectors.blend.policies.recommended import Recommended
-from kvstore.connectors.blend.policy import Change, Chooser, Policy
-from kvstore.connectors.blend.prompt import Prompt, assemble
-from kvstore.connectors.blend.sources import Source, of_layers
-from kvstore.connectors.transformers import TransformersConnector
-from kvstore.errors import UnsupportedModelError
-from kvstore.testing.blending import blendable, full_prefill
-from kvstore.testing.memory_client import MemoryClient
-from kvstore.testing.models import random_model
+from kvstore.connectors.model_identity import identify
+from kvstore.container import parse
+from kvstore.embedded import EmbeddedClient
+from kvstore.outcome import Miss, Reason
+from kvstore.spans import Document
+from kvstore.testing.blend_pass import blend_record
+from kvstore.testing.memory_client import FaultyClient, flip_bit
+from kvstore.testing.models import random_model, random_prompt
 
-LAYERS: dict[str, Any] = {"num_hidden_layers": 4}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small models on a busy machine wait for their threads a hundred times longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-class Chosen(Policy):
-    """Tokens that the test chose."""
-
-    name = "chosen"
-
-    def __init__(self, *places: int) -> None:
-        self._places = list(places)
-
-    def begin(self, prompt: Prompt) -> Chooser:
-        tokens = torch.zeros(prompt.tokens, dtype=torch.bool)
-        tokens[self._places] = True
-        return Fixed(tokens)
+CHUNK = 16
+LAYERS = 3
+PREAMBLE = random_prompt(6, 99)[0].tolist()
+DOCUMENTS = [random_prompt(2 * CHUNK, seed)[0].tolist() for seed in (1, 2)]
+IDS = torch.tensor([[*PREAMBLE, *DOCUMENTS[0], *DOCUMENTS[1], *random_prompt(9, 98)[0].tolist()]])
+STOPS = [len(PREAMBLE) + 2 * CHUNK * count for count in range(3)]
+POINTED_OUT = [Document(start, stop) for start, stop in pairwise(STOPS)]  # a scan may find them only with the next plan
+POLICY = Recommended(ratio=0.3)
+TOLERANCE = 1e-4
+PATIENT_MS = 60_000.0
 
 
-def changed(source: Source) -> Source:
-    """The same source with other KV."""
-    return replace(source, layer=lambda layer: (source.layer(layer)[0] + 3.0, source.layer(layer)[1] - 3.0))
+@pytest.fixture(scope="module")
+def model() -> Any:
+    # wide enough that every layer is a group of its own, as in real models
+    return random_model("llama", changes={"num_hidden_layers": LAYERS})
 
 
-def test_no_causal_leak_from_rows_that_are_not_neighbours() -> None:
-    model = random_model("llama", changes=LAYERS)
-    prompt = blendable(model)
-    early = [10, 12, 20, 38, 41]  # in the first document
-    other = [prompt.sources[0], prompt.sources[1], changed(prompt.sources[2])]
-    caches = [
-        blend_prefill(model, prompt.ids, sources, Chosen(*early)).cache.layers for sources in (prompt.sources, other)
-    ]
-    for one, two in zip(*caches, strict=True):
-        left: Any = one
-        right: Any = two
-        torch.testing.assert_close(left.keys[:, :, early], right.keys[:, :, early], rtol=0, atol=0)
-        torch.testing.assert_close(left.values[:, :, early], right.values[:, :, early], rtol=0, atol=0)
-
-
-def test_the_published_mask_does_leak() -> None:
-    model = random_model("llama", changes=LAYERS)
-    prompt = blendable(model, prefix=0)
-    other = [*prompt.sources[:2], changed(prompt.sources[2])]
-    caches: list[Any] = [
-        cacheblend_published(model, prompt.ids, sources, prompt.preamble, 0.5)[1] for sources in (prompt.sources, other)
-    ]
-    first = len(prompt.sources[0].ids)
-    left, right = (cache.layers[3].values[:, :, :first] for cache in caches)
-    assert not torch.equal(left, right)
-
-
-def test_query_is_never_treated_as_cached() -> None:
-    class Refusing(Chooser):
-        compares = True
-
-        def __init__(self, moved: torch.Tensor) -> None:
-            self._moved = moved
-
-        def start(self) -> torch.Tensor:
-            return self._moved
-
-        def computed(self, change: Change) -> torch.Tensor | None:
-            assert not set(change.rows.tolist()) & {*range(9), *range(81, 88)}
-            return torch.zeros(len(change.rows), dtype=torch.bool)
-
-    class Refuse(Policy):
-        name = "refuse"
-
-        def begin(self, prompt: Prompt) -> Chooser:
-            return Refusing(prompt.moved)
-
-    model = random_model("llama", changes=LAYERS)
-    prompt = blendable(model)
-    rows: list[int] = []
-    for layer in model.base_model.layers:
-        layer.mlp.register_forward_hook(lambda _m, args, _o: rows.append(args[0].shape[1]))
-    blend_prefill(model, prompt.ids, prompt.sources, Refuse())
-    assert rows == [88, 16, 16, 16]  # prefix and query go on; a first layer that nobody stops costs everything
-
-
-@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
-def test_a_rope_that_depends_on_the_length_is_refused_by_name(rope: str) -> None:
-    model = random_model("llama")
-    model.config.rope_parameters = {"rope_type": rope, "rope_theta": 10000.0, "factor": 2.0}
-    with pytest.raises(UnsupportedModelError, match=rope):
-        blend_prefill(model, [1, 2, 3], [], Recommended())
-
-
-def test_an_unknown_architecture_and_attention_are_refused_by_name() -> None:
-    model = random_model("llama")
-    model.config.model_type = "gemma9"
-    with pytest.raises(UnsupportedModelError, match="gemma9"):
-        blend_prefill(model, [1, 2, 3], [], Recommended())
-    model = random_model("llama")
-    model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(UnsupportedModelError, match="flash_attention_2"):
-        blend_prefill(model, [1, 2, 3], [], Recommended())
-
-
-def test_phantom_sinks_are_computed_again() -> None:
-    model = blend_prompts.trained("text")
-    asked = blend_prompts.text(model, "mixed", 1)[0]
-    bare = [
-        replace(source, layer=of_layers(compile_span(model, [], source.ids)), position=0)
-        for source in asked.sources[1:]
-    ]
-    spoilt = [asked.sources[0], *(changed_first(source) for source in bare)]
-    blended = blend_prefill(model, asked.ids, spoilt, Recommended(ratio=0.05))
-    layer: Any = blended.cache.layers[-1]
-    for source in spoilt[1:]:
-        assert layer.keys[0, :, source.start].abs().max() < 1e3
-
-
-def changed_first(source: Source) -> Source:
-    """A source whose first token no query would attend to, and whose KV is absurd."""
-
-    def layer(index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = (part.clone() for part in source.layer(index))
-        keys[:, 0], values[:, 0] = 1e4, 0.0
-        return keys, values
-
-    return replace(source, layer=layer)
-
-
-def test_salient_tokens_do_not_crowd_out_what_the_query_needs() -> None:
-    model = blend_prompts.trained("recall")
-    asked = blend_prompts.recall(model, "bindings_first_4p_long", 24, seed=1)
-
-    def right(policy: Policy) -> int:
-        return sum(
-            int(blend_prefill(model, one.ids, one.sources, policy).logits.argmax()) == one.following[0] for one in asked
-        )
-
-    blind, asking = right(HighDeviation(ratio=0.1)), right(Recommended(ratio=0.1))
-    assert asking >= 23
-    assert blind < asking - 5
-
-
-def test_multi_hop_answers_survive_at_a_fifth_of_the_tokens() -> None:
-    model = blend_prompts.trained("recall")
-    asked = blend_prompts.recall(model, "shuffled_4p", 40, seed=2)
-    policies = [registry.get("none"), registry.get("recommended", ratio=0.15)]
-    blended = [[blend_prefill(model, one.ids, one.sources, policy) for one in asked] for policy in policies]
-    concat, ours = (
-        sum(int(b.logits.argmax()) == one.following[0] for b, one in zip(own, asked, strict=True)) for own in blended
+def blending(model: Any, client: Client, **options: Any) -> BlendConnector:
+    records = [blend_record(identify(model)[1], POLICY)]
+    settings = {"load_policy": "always", "load_deadline_ms": PATIENT_MS, "codec": "raw", **options}
+    return BlendConnector(
+        model, client, preamble=PREAMBLE, policy=POLICY, blend_gates=records, chunk_tokens=CHUNK, **settings
     )
-    full = sum(int(one.full[0].argmax()) == one.following[0] for one in asked)
-    assert ours >= full - 1 >= 35
-    assert concat < full - 15
-    assert max(b.report.layer_share for b in blended[1]) <= 0.2
 
 
-def change(layer: int, amounts: list[float], noise: list[float] | None = None) -> Change:
-    """A change of V of 2 heads of 4 dimensions, by so much an element."""
-    rows = torch.arange(len(amounts))
-    old = torch.ones(2, len(amounts), 4)
-    new = old + torch.tensor(amounts)[None, :, None]
-    floors = torch.zeros(len(amounts), 2)
-    floors[:, 1] = torch.tensor(noise or [0.0] * len(amounts))
-    return Change(layer, rows, (old, new), (old, old), floors)
+class GroupsClient(FaultyClient):
+    """Serves chunks layer by layer, and may be told what becomes of each layer.
+
+    `layer_gate(index, layer)` is called first; it may wait, and answers a miss for the chunk from this layer on, or
+    None. What is in `damaged` is served instead of what is stored.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_gate: Callable[[int, int], Miss | None] = lambda index, layer: None
+        self.damaged: dict[bytes, bytes] = {}
+
+    def fetch(self, keys: Sequence[bytes], **options: Any) -> Iterator[Part]:
+        if options.get("order") != "layer":
+            yield from super().fetch(keys, **options)
+            return
+        self.chunks, whole = {**self.chunks, **self.damaged}, self.chunks
+        parts = {part.index: part for part in super().fetch(keys, **{**options, "order": "chunk"})}
+        self.chunks = whole
+        groups = max((len(part.groups) for part in parts.values()), default=0)
+        gone = set()
+        for layer in range(max(1, groups)):
+            for index, part in parts.items():
+                if index in gone:
+                    continue
+                miss = part.miss or self.layer_gate(index, layer)
+                gone |= {index} if miss else set()
+                yield Part(index, miss) if miss else Part(index, None, part.header, part.groups[layer : layer + 1])
 
 
-def test_selection_is_not_blind_behind_the_first_layer() -> None:
-    source = Source(0, list(range(8)), lambda layer: (torch.zeros(0), torch.zeros(0)), position=3)
-    chooser = HighDeviation(ratio=0.25, slope=0.5).begin(assemble([*range(8), 9], [source], 4))
-    first = chooser.computed(change(1, [9.0, 8.0, 7.0, 0.1, 0.1, 0.1, 0.1, 0.1]))
-    assert first is not None
-    assert torch.nonzero(first)[:, 0].tolist() == [0, 1, 2]
-    second = chooser.computed(change(2, [0.1, 0.2, 5.0]))  # the third of those that went on deviates deeper
-    assert second is not None
-    assert second.tolist() == [False, False, True]
+@pytest.fixture
+def client(model: Any, monkeypatch: pytest.MonkeyPatch) -> GroupsClient:
+    """A store that holds both documents, every layer in a segment of its own."""
+    monkeypatch.setattr("kvstore.codec.LAYER_GROUP_BYTES", 1)
+    client = GroupsClient()
+    connector = blending(model, client)
+    for document in DOCUMENTS:
+        connector.store_document(document)
+    assert {len(parse(memoryview(data)).groups()) for data in pieces(client).values()} == {LAYERS}
+    return client
 
 
-def test_codec_noise_is_not_taken_for_deviation() -> None:
-    noisy, deviating = [2.0, 2.0, 0.0, 1.5], [4.0, 4.0, 0.0, 0.0]  # expected squared error 4 in the first two
-    assert change(1, noisy).deviation(1).argmax() == 0
-    scores = change(1, noisy, deviating).deviation(1)
-    assert scores.argmax() == 3
-    assert scores[:2].tolist() == [0.0, 0.0]
+def pieces(client: GroupsClient) -> dict[bytes, bytes]:
+    return {key: data for key, data in client.chunks.items() if parse(memoryview(data)).codec == "raw"}
 
 
-class Listening(Policy):
-    """Another policy, with what it heard at layer 1 that goes on."""
-
-    name = "listening"
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        self.going_on = torch.zeros(0)
-
-    def begin(self, prompt: Prompt) -> Chooser:
-        inner = self.policy.begin(prompt)
-        outer = self
-
-        class Heard(Chooser):
-            compares = True
-
-            def start(self) -> torch.Tensor:
-                return inner.start()
-
-            def computed(self, change: Change) -> torch.Tensor | None:
-                answer = inner.computed(change)
-                if change.layer == 1 and answer is not None:
-                    outer.going_on = change.rows[answer]
-                return answer
-
-        return Heard()
+def alone(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(IDS).logits[:, -1]
+    return logits
 
 
-def test_the_noise_of_a_source_reaches_the_policy() -> None:
-    model = random_model("llama", changes=LAYERS)
-    prompt = blendable(model, documents=(40, 40))
-    generator = torch.Generator().manual_seed(0)
-    loud: list[Any] = [
-        tuple(part + 5 * torch.randn(part.shape, generator=generator) for part in prompt.sources[0].layer(index))
-        for index in range(4)
-    ]
-    first = replace(prompt.sources[0], layer=of_layers(loud))
-    counts = []
-    for noise in (None, [(25.0, 25.0)] * 4):
-        policy = Listening(HighDeviation(ratio=0.25))
-        blend_prefill(model, prompt.ids, [replace(first, noise=noise), prompt.sources[1]], policy)
-        counts.append(int((policy.going_on < first.stop).sum()))
-    assert counts[0] > 1.5 * counts[1]
+def reasons(report: BlendedReport) -> dict[int, str]:
+    return {span.start: span.reason for span in report.spans if span.kind == "recompute"}
 
 
-def test_tokens_that_do_not_match_are_computed_and_so_is_what_stands_behind_them() -> None:
-    model = random_model("llama", changes=LAYERS)
-    prompt = blendable(model)
-    full, _ = full_prefill(model, prompt.ids)
-    second = prompt.sources[1]
-    joined = list(second.ids)
-    joined[5] = joined[5] + 1 if joined[5] < 400 else joined[5] - 1  # as where two texts meet and one token comes out
-    sources = [prompt.sources[0], replace(second, ids=joined), prompt.sources[2]]
-    blended = blend_prefill(model, prompt.ids, sources, FirstK(tokens=1000))
-    assert blended.report.mismatched_tokens == len(joined) - 5
-    assert blended.report.fresh_tokens == 16 + len(joined) - 5
-    torch.testing.assert_close(blended.logits, full, rtol=0, atol=1e-4)
-
-
-def test_blended_kv_is_never_written_back() -> None:
-    model = random_model("llama", changes=LAYERS)
-    prompt = blendable(model)
-    client = MemoryClient()
-    connector = TransformersConnector(model, client, chunk_tokens=16, codec="raw", load_policy="always")
-    blended = blend_prefill(model, prompt.ids, prompt.sources, Recommended())
-    with pytest.raises(UnsupportedModelError, match="past_key_values"):
-        connector.generate(torch.tensor([prompt.ids]), past_key_values=blended.cache, max_new_tokens=2)
-    _, logits, report = connector.prefill(torch.tensor([prompt.ids]))
+def check_full_prefill(model: Any, logits: torch.Tensor, report: BlendedReport) -> None:
+    assert report.blend is None
     assert report.reused_tokens == 0
-    torch.testing.assert_close(logits, full_prefill(model, prompt.ids)[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits, alone(model), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("reason", [Reason.IO_ERROR, Reason.BUSY, Reason.DEADLINE, Reason.UNKNOWN_PROFILE])
+def test_a_chunk_that_misses_is_computed_and_the_others_blended(
+    model: Any, client: GroupsClient, reason: Reason
+) -> None:
+    client.miss[list(pieces(client))[1]] = reason
+    _, _, report = blending(model, client).prefill(IDS)
+    assert report.blend is not None
+    assert report.blend.moved_tokens == 3 * CHUNK
+    assert reasons(report)[len(PREAMBLE) + CHUNK] == reason
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_a_chunk_that_is_lost_in_any_layer_is_computed(model: Any, client: GroupsClient, layer: int) -> None:
+    """Layers before it have been computed over the chunk by then: that run is thrown away."""
+    client.layer_gate = lambda index, own: Miss(Reason.IO_ERROR) if (index, own) == (2, layer) else None
+    _, logits, report = blending(model, client).prefill(IDS)
+    assert report.blend is not None
+    assert report.blend.moved_tokens == 3 * CHUNK
+    assert reasons(report)[len(PREAMBLE) + 2 * CHUNK] == "io_error"
+    client.layer_gate = lambda index, own: Miss(Reason.IO_ERROR) if index == 2 else None
+    torch.testing.assert_close(logits, blending(model, client).prefill(IDS)[1], rtol=0, atol=TOLERANCE)
+
+
+def test_all_chunks_lost_is_a_full_prefill_which_is_exact_and_stored(model: Any, client: GroupsClient) -> None:
+    client.layer_gate = lambda index, own: Miss(Reason.IO_ERROR) if own == LAYERS - 1 else None
+    _, logits, report = blending(model, client).prefill(IDS)
+    check_full_prefill(model, logits, report)
+    assert report.stored_chunks == IDS.shape[1] // CHUNK
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "swap", "foreign"])
+def test_damaged_and_foreign_chunks_are_computed(model: Any, client: GroupsClient, damage: str) -> None:
+    first, second = list(pieces(client))[:2]
+    if damage == "flip":
+        client.damaged[first] = flip_bit(client.chunks[first], keep_hashes=True)
+    elif damage == "truncate":
+        client.damaged[first] = client.chunks[first][:-1]
+    elif damage == "swap":
+        client.damaged[first] = client.chunks[second]
+    else:
+        other = GroupsClient()
+        stranger = random_model("llama", seed=9, changes={"num_hidden_layers": LAYERS})
+        blending(stranger, other).store_document(DOCUMENTS[0])
+        client.damaged[first] = next(iter(pieces(other).values()))
+    _, logits, report = blending(model, client).prefill(IDS)
+    wanted = {"flip": "corrupt", "truncate": "truncated", "swap": "wrong_key", "foreign": "wrong_"}[damage]
+    assert reasons(report)[len(PREAMBLE)].startswith(wanted)
+    assert report.blend is not None
+    assert report.blend.moved_tokens == 3 * CHUNK
+    assert bool(torch.isfinite(logits).all())
+
+
+def test_a_layer_that_is_late_is_not_waited_for(model: Any, client: GroupsClient) -> None:
+    def stall(index: int, layer: int) -> Miss | None:
+        time.sleep(1.0 if layer == 1 else 0.0)
+        return None
+
+    client.layer_gate = stall
+    connector = blending(model, client, load_deadline_ms=150.0)
+    started = time.monotonic()
+    _, logits, report = connector.prefill(IDS)
+    assert time.monotonic() - started < 60
+    check_full_prefill(model, logits, report)
+    assert set(reasons(report).values()) >= {"deadline"}
+
+
+def test_pipelining_computes_the_first_layers_before_the_last_have_come(model: Any, client: GroupsClient) -> None:
+    """The store hands out layer 2 only once the engine has computed layer 0."""
+    computed: list[int] = []
+    for index, layer in enumerate(model.base_model.layers):
+        layer.register_forward_hook(lambda *_args, own=index: computed.append(own))
+    seen: list[bool] = []
+
+    def gated(index: int, layer: int) -> Miss | None:
+        deadline = time.monotonic() + 30
+        while layer == LAYERS - 1 and computed.count(0) < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)  # once for the preamble, once for the first run of the query
+        seen.append(computed.count(0) >= 2)
+        return None
+
+    client.layer_gate = gated
+    _, _, report = blending(model, client).prefill(IDS)
+    assert seen[-1]
+    assert report.blend is not None
+    assert report.discarded_runs == 0
+
+
+@pytest.mark.parametrize("verb", ["plan", "lookup", "fetch", "put", "head"])
+def test_a_client_that_raises_never_reaches_the_engine(
+    model: Any, client: GroupsClient, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise OSError("gone")
+
+    connector = blending(model, client, store_documents=True)
+    monkeypatch.setattr(client, verb, fail)
+    _, logits, report = connector.prefill(IDS)
+    if verb in ("plan", "fetch", "lookup", "head"):
+        assert report.blend is None or verb in ("lookup", "head")
+    assert bool(torch.isfinite(logits).all())
+    stored = connector.store_document(random_prompt(20, 77)[0].tolist())
+    assert (stored.failures == {}) == (verb != "put")
+
+
+def test_over_a_real_store_with_a_disk(model: Any, tmp_path: Path) -> None:
+    tiers = {
+        "dram": TierConfig(kind="dram", capacity="32MiB"),
+        "nvme": TierConfig(kind="nvme", capacity="64MiB", options={"path": str(tmp_path / "nvme")}),
+    }
+    with EmbeddedClient(open_store(Config(tiers=tiers))) as client:
+        connector = blending(model, client, durable=True)
+        for document in DOCUMENTS:
+            connector.store_document(document)
+        report = connector.prefill(IDS, documents=POINTED_OUT)[2]
+        assert report.blend is not None
+        logits = connector.prefill(IDS, documents=POINTED_OUT)[1]
+    with EmbeddedClient(open_store(Config(tiers=tiers))) as client:  # read from disk
+        _, again, report = blending(model, client).prefill(IDS, documents=POINTED_OUT)
+        assert report.blend is not None
+        assert report.blend.moved_tokens == 4 * CHUNK
+        torch.testing.assert_close(again, logits, rtol=0, atol=TOLERANCE)
+
+
+def test_a_daemon_that_is_killed_costs_a_prefill_and_nothing_else(model: Any, tmp_path: Path) -> None:
+    with Daemon(tmp_path, dram="32MiB", nvme="64MiB") as daemon:
+        with daemon.start() as client:
+            connector = blending(model, client, durable=True)
+            for document in DOCUMENTS:
+                connector.store_document(document)
+            _, _, report = connector.prefill(IDS, documents=POINTED_OUT)
+            assert report.blend is not None
+            assert client.flush()
+            daemon.kill()
+            _, logits, report = connector.prefill(IDS, documents=POINTED_OUT)
+            check_full_prefill(model, logits, report)
+            assert {span.reason for span in report.spans} == {"unavailable"}
+            assert connector.store_document(DOCUMENTS[0][::-1]).failures == {Reason.UNAVAILABLE: 2}
+        with daemon.start() as client:
+            _, _, report = blending(model, client).prefill(IDS, documents=POINTED_OUT)
+            assert report.blend is not None
+            assert report.blend.moved_tokens == 4 * CHUNK

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstore.connectors.blend import registry
 from kvstore.connectors.blend.batch import blend_batch
 from kvstore.connectors.blend.engine import blend_prefill
 from kvstore.connectors.blend.masks import additive, visible, windows
@@ -27,15 +27,6 @@ from kvstore.testing.blending import blendable
 from kvstore.testing.models import FAMILIES, ROPES, random_model
 
 RANDOM = torch.Generator().manual_seed(5)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small models on a busy machine wait for their threads a hundred times longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def nothing(layer: int) -> KV:
@@ -185,6 +176,23 @@ def test_layers_are_asked_for_in_order_and_no_sooner_than_they_are_needed() -> N
     blend_prefill(model, prompt.ids, [first, *prompt.sources[1:]], Recommended())
     scout = [step for index in range(3) for step in (f"asked {index}", f"computed {index}")]
     assert happened == scout + [f"computed {index}" for index in range(3)]
+
+
+def test_a_source_that_fails_leaves_the_model_as_it_was() -> None:
+    model = random_model("llama")
+    prompt = blendable(model)
+    source = prompt.sources[0]
+
+    def failing(index: int) -> KV:
+        if index == 1:
+            raise LookupError("gone")
+        return source.layer(index)
+
+    broken = Source(source.start, source.ids, failing, position=source.position)
+    for policy in registry.POLICIES:
+        with pytest.raises(LookupError, match="gone"):
+            blend_prefill(model, prompt.ids, [broken, *prompt.sources[1:]], registry.get(policy))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_batch_gives_what_its_rows_give_one_by_one() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -30,15 +29,6 @@ from kvstore.connectors.blend.split import Split, merge, split_attention
 from kvstore.errors import ConfigError, SpecError, UnsupportedModelError
 from kvstore.testing.blending import blendable, full_prefill
 from kvstore.testing.models import random_model
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small models on a busy machine wait for their threads a hundred times longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def nothing(layer: int) -> KV:

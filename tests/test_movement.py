@@ -216,7 +216,7 @@ def test_full_memory_keeps_what_is_read_from_below_for_the_second_time(open_stac
     assert not any(stack.in_memory(below))
     assert all(stack.in_memory(held))
     assert stack.count("promotions_refused") == 2
-    assert [step.miss for step in stack.store.fetch(below, order="layer")] == [None, None]
+    assert not any(step.miss for step in stack.store.fetch(below, order="layer"))
     assert all(stack.in_memory(below))
     assert stack.in_memory(held) == [True, True, False, False]
 

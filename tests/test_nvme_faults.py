@@ -12,6 +12,7 @@ import lmdb
 import pytest
 
 from kvstore.buffers import aligned_buffer
+from kvstore.codecs.raw import RawCodec
 from kvstore.errors import TierError
 from kvstore.outcome import Miss, Reason
 from kvstore.testing.chunks import sample_container, sample_key
@@ -26,8 +27,10 @@ from kvstore.tiers.volume import VOLUME_NAME, Superblock, read_superblock
 
 CAPACITY_BYTES = 48 * IO_ALIGN
 TOKENS = (16, 40, 100, 60, 9, 33, 70, 90)
-CHUNKS = {sample_key(n): sample_container(sample_key(n), tokens=tokens) for n, tokens in enumerate(TOKENS)}
-"""Eight containers of 2 to 14 pages, together more than the volume takes."""
+CHUNKS = {
+    sample_key(n): sample_container(sample_key(n), tokens=tokens, codec=RawCodec()) for n, tokens in enumerate(TOKENS)
+}
+"""Eight containers of 2 to 14 pages, together more than the volume takes; of one segment, so that every bit counts."""
 
 
 class FaultyIo(PosixIo):

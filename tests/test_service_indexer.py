@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 from kvstore.compose import open_store
 from kvstore.config import Config, ModelConfig, ServiceConfig, Settings, TierConfig, load
 from kvstore.connect import connect
+from kvstore.connectors.vllm.naming import ModelName
+from kvstore.connectors.vllm.settings import VllmSettings
 from kvstore.errors import ConfigError
 from kvstore.events import EventRing
 from kvstore.hash_index import HashIndex, block_hash
@@ -24,7 +27,7 @@ from kvstore.keys import KeyScheme
 from kvstore.service.bodies import decode_body
 from kvstore.service.indexer import QueryByHashRequest, QueryRequest
 from kvstore.service.refusal import RefusalError
-from kvstore.testing.chunks import FINGERPRINT, sample_container, sample_key
+from kvstore.testing.chunks import FINGERPRINT, sample_container, sample_key, sample_spec
 from kvstore.testing.client_harness import put_chunk
 from kvstore.testing.serving import ServerThread, small_store
 from kvstore.tier import Entry
@@ -144,6 +147,20 @@ def test_salts_and_adapters_select_other_chunks(server: ServerThread) -> None:
     assert ask(server, "/query", **question)[1]["instances"] == {}
     assert ask(server, "/query", **question, cache_salt="mine")[1]["instances"]["7"]["longest_matched"] == 64
     assert ask(server, "/query", **question, lora_name="sql-adapter")[1]["instances"]["7"]["longest_matched"] == 16
+
+
+def test_what_vllms_connector_stores_is_found_by_the_fingerprint_that_it_logs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    settings = VllmSettings(url="unix:/x", chunk_tokens=CHUNK_TOKENS, salt=SALT, weights_identity="w")
+    keys = ModelName(settings, sample_spec(), [], {}, "").scheme_wait("mine").chain(TOKENS)
+    (logged,) = re.findall(r"the model's fingerprint is (\w+)", caplog.text)
+    models = {"m": ModelConfig(fingerprint=logged, chunk_tokens=CHUNK_TOKENS, salt=SALT)}
+    with ServerThread(small_store(tmp_path), ServiceConfig(models=models)) as server:
+        put(server, keys)
+        answer = ask(server, "/query", model_name="m", token_ids=TOKENS, cache_salt="mine")[1]
+    assert answer["instances"]["kvstore"]["longest_matched"] == 64
 
 
 def test_hashes_of_what_was_there_before_the_daemon_are_known(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore import plan_protocol
+from kvstore.aio import AsyncClient
 from kvstore.client import Client
 from kvstore.config import ServiceConfig
 from kvstore.connect import connect
@@ -231,6 +233,29 @@ def test_a_daemon_that_answers_nonsense_or_has_gone_means_recompute(
         too_many = client.plan(list(range(1601)), scheme())
         assert too_many.miss is not None
         assert too_many.miss.reason is Reason.TOO_LARGE
+
+
+def test_the_async_client_plans_as_the_client_does(server: ServerThread) -> None:
+    async def plan(client: AsyncClient) -> None:
+        async with client:
+            assert (await client.plan(PROMPT, scheme(), PlanOptions(preamble_tokens=3))).reused_tokens == 40
+            assert (await client.plan_batch([PROMPT, PROMPT], scheme())).order == (0, 1)
+
+    with connect(server.unix_url) as client:
+        put_document(client, DOCUMENT)
+        asyncio.run(plan(AsyncClient(client)))
+
+
+def test_a_daemon_that_has_gone_means_recompute(tmp_path: Path) -> None:
+    with ServerThread(small_store(tmp_path, nvme="")) as server:
+        client = connect(server.unix_url)
+        put_document(client, DOCUMENT)
+    for _ in range(2):  # once found out, once during the back-off
+        plan = client.plan(PROMPT, scheme())
+        assert plan.miss is not None
+        assert (plan.miss.reason, plan.tokens, plan.reused_tokens) == (Reason.UNAVAILABLE, len(PROMPT), 0)
+        assert client.plan_batch([PROMPT], scheme()).nodes[0].stored == 0
+    client.close()
 
 
 def test_the_openapi_document_describes_the_bodies() -> None:

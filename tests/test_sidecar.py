@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -31,6 +33,7 @@ from kvstore.sidecar import (
     put_sidecar,
     read_container,
     read_part,
+    scope_of,
     sidecar_key,
 )
 from kvstore.spans import cut, preamble_key
@@ -123,6 +126,8 @@ def test_sections_that_do_not_fit_are_refused() -> None:
             pack_sections({name: b""})
     with pytest.raises(SpecError, match="at most 64"):
         pack_sections({str(number): b"" for number in range(SECTIONS_MAX + 1)})
+    with pytest.raises(SpecError, match="'tokens' is the side-car's own"):
+        sample(tokens=b"1").pack()
     with pytest.raises(SpecError, match="bytes; at most"):
         pack_sections({"a": bytes(16 << 20)})
 
@@ -181,6 +186,22 @@ def test_any_bytes_are_refused_with_a_reason(data: bytes) -> None:
     for prefix in (b"", b"KVS1", b"KVS1\x01\x00"):
         with pytest.raises(ContainerError):
             parse_sidecar(prefix + data)
+
+
+def test_golden_bytes() -> None:
+    golden = json.loads((Path(__file__).parent / "golden" / "spans.json").read_text())
+    keys = KeyScheme(bytes(range(32)), chunk_tokens=4, salt=b"tenant", extras={"adapter": "a"})
+    preamble, document = [1, 2, 3], [10, 11, 12, 13, 14, 0xFFFFFFFF]
+    assert scope_of(keys).hex() == golden["scope"]
+    assert preamble_key(keys, preamble).hex() == golden["preamble"]
+    pieces = cut(keys, document, preamble=preamble)
+    for piece, expected in zip(pieces, golden["pieces"], strict=True):
+        assert (piece.key.hex(), piece.parent.hex()) == (expected["key"], expected["parent"])
+        assert piece.position == expected["position"]
+        assert sidecar_key(piece.key).hex() == expected["sidecar_key"]
+        sidecar = describe(keys, piece, document, preamble, {"score": b"\x01\x02"})
+        assert sidecar.pack().hex() == expected["sidecar"]
+        assert parse_sidecar(bytes.fromhex(expected["sidecar"])) == sidecar
 
 
 def test_the_preamble_of_no_tokens_is_the_root() -> None:

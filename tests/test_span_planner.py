@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,17 @@ def test_what_is_stored_is_found_at_once_and_what_has_left_is_absent(store: Stor
     assert reused(planner, documents[0]) == 0
     put_samples(EmbeddedClient(store), sample_keys(5))
     assert planner.stats()["pieces"] == 9
+
+
+def test_a_side_car_that_is_deleted_is_forgotten(store: Store) -> None:
+    planner = SpanPlanner(store)
+    put(store, [sample_tokens(40, 1), sample_tokens(40, 2)])
+    assert reused(planner, sample_tokens(40, 1)) == 40
+    pieces = cut(scheme(), sample_tokens(40, 1))
+    store.delete([sidecar_key(pieces[1].key), *sample_keys(1)])
+    assert reused(planner, sample_tokens(40, 1)) == 16
+    assert [piece.key in planner.index for piece in pieces] == [True, False, False]
+    assert reused(planner, sample_tokens(40, 2)) == 40
 
 
 def test_a_planner_that_comes_late_finds_what_is_there(store: Store) -> None:
@@ -124,6 +136,32 @@ def test_side_cars_that_are_not_usable_are_counted_and_said(store: Store, caplog
         assert reused(planner, document) == 0
     assert planner.stats()["unusable"] >= 1
     assert "is not usable: corrupt" in caplog.text
+
+
+def test_plans_are_whole_whatever_is_put_and_deleted_meanwhile(store: Store) -> None:
+    planner = SpanPlanner(store, SpanIndex(12 * (ENTRY_BYTES + 64)))
+    documents = [sample_tokens(40, seed) for seed in range(8)]
+
+    def change(seed: int) -> None:
+        for step in range(12):
+            document = documents[(seed + 3 * step) % 8]
+            put(store, [document])
+            if step % 3 == 0:
+                pieces = cut(scheme(), document)
+                store.delete([pieces[0].key, sidecar_key(pieces[step % 2].key)])
+
+    def ask(seed: int) -> None:
+        for step in range(12):
+            prompt = [7, *documents[(seed + step) % 8], *documents[(seed + 2 * step) % 8], 7]
+            plan = planner.plan(prompt, scheme(), NO_PREAMBLE)
+            assert [span.start for span in plan.spans] == [0, *(span.stop for span in plan.spans[:-1])]
+            assert plan.tokens == len(prompt)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(work, seed) for work in (change, ask) for seed in range(2)]:
+            done.result(timeout=60)
+    put(store, [documents[5]])
+    assert reused(planner, documents[5]) == 40
 
 
 WRITER = """

@@ -68,6 +68,7 @@ def test_documents_that_cannot_be_cut_are_refused() -> None:
         ({"documents": [Document(0, 9), Document(8, 12)]}, r"documents\[1\] starts at token 8, before documents\[0\]"),
         ({"documents": [Document(9, 12), Document(0, 9)]}, r"documents\[1\] starts at token 0"),
         ({"documents": [Document(2, 9)], "preamble_tokens": 3}, "before the preamble ends at 3"),
+        ({"documents": [Document(place, place + 1) for place in range(4097)]}, "documents has 4097 entries"),
         ({"preamble_tokens": -1}, "preamble_tokens is -1"),
         ({"recompute_share": 1.5}, "recompute_share is 1.5"),
         ({"recompute_share": float("nan")}, "recompute_share is nan"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import ClassVar
 
 import pytest
@@ -17,15 +16,6 @@ from kvstore.connector import ReuseReport
 from kvstore.connectors.transformers import TransformersConnector
 from kvstore.testing.connector import CHUNK_TOKENS, PATIENT_MS, ConnectorContract, Logits
 from kvstore.testing.models import random_model
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small models on a busy machine wait for their threads a hundred times longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Prefill(ConnectorContract):

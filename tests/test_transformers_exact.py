@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,15 +23,6 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float16: 0.05}
 WINDOW = 20
 WINDOWED = ("mistral", "qwen2", "qwen3")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small models on a busy machine wait for their threads a hundred times longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def connect(model: PreTrainedModel, client: MemoryClient, *, codec: str = "raw") -> TransformersConnector:

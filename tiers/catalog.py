@@ -20,6 +20,7 @@ import lmdb
 import msgspec
 import numpy as np
 
+from kvstore.decoding import decode_json
 from kvstore.errors import TierError, VolumeFormatError
 from kvstore.keys import KEY_BYTES
 from kvstore.tiers.bad_places import Place, merged, parse_row, touching
@@ -297,7 +298,7 @@ class Catalog:
                 transaction.put(_META_KEY, msgspec.json.encode(new), db=self._meta)
                 return Position(new.epoch)
         try:
-            meta = msgspec.json.decode(found or b"", type=_Meta)
+            meta = decode_json(found or b"", _Meta)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise _format_error(self._path, error) from error
         if meta.version != CATALOG_VERSION:

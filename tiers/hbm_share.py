@@ -17,6 +17,7 @@ import msgspec
 import torch
 from torch.multiprocessing import reductions
 
+from kvstore.decoding import decode_json
 from kvstore.errors import TierError
 from kvstore.tiers.hbm_blocks import Blocks
 from kvstore.tiers.hbm_device import HostDevice
@@ -90,7 +91,7 @@ class SharedPool:
 
     def __init__(self, handle: bytes, fds: list[int]) -> None:
         try:
-            shape = msgspec.json.decode(handle[: HANDLE_BYTES_MAX + 1], type=PoolHandle)
+            shape = decode_json(handle[: HANDLE_BYTES_MAX + 1], PoolHandle)
         except msgspec.MsgspecError as error:
             raise TierError(f"not the handle of a block pool: {error}") from error
         if shape.blocks < 1 or shape.block_bytes < 1 or len(fds) != (shape.cuda is None):

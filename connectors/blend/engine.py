@@ -8,6 +8,8 @@ Tokens of no source are always computed, and so is the last one, whose logits ar
 tokens whose KV was computed behind other tokens are computed again. Every row attends to the tokens at places up to its
 own and no others, within the sliding window of its layer.
 
+Hooks are on the model while a prompt is blended: one thread at a time may use it.
+
 Blended KV belongs to this one request: it is neither what a prefill would compute nor what was stored. Nothing here can
 write it to a store, and the connectors that can take no cache from outside.
 """
@@ -132,16 +134,15 @@ def blend_into(
     positions = policy.positions(prompt)
     memory = BlendMemory(prompt, room, mover_of(model, spec), positions)
     chooser = policy.begin(prompt)
-    wanted = torch.arange(prompt.tokens) >= prompt.tokens - logits_tokens
+    places = torch.arange(prompt.tokens)
+    wanted = places >= prompt.tokens - logits_tokens
     needed = prompt.fresh | wanted
     extra = 0
     if chooser.scouts and bool(prompt.moved.any()):
         scout = RowsPass(model, memory, prompt.ids, positions, attended=chooser.attended, queries=prompt.query)
         scout.run(torch.nonzero(needed | prompt.query)[:, 0])
-        first = int(torch.nonzero(prompt.moved)[0, 0])
-        needed &= wanted | (
-            torch.arange(prompt.tokens) >= first
-        )  # nothing stale stands before the others: they are done
+        stale_before = places >= torch.nonzero(prompt.moved)[0, 0]
+        needed &= wanted | stale_before  # the others attended to nothing that will change: they are done
         extra = int((needed | prompt.query).sum())
     rows = needed | (chooser.start() & prompt.moved)
     choices = Choices(chooser, prompt, memory, needed) if chooser.compares else None

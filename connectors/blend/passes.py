@@ -81,6 +81,7 @@ class RowsPass:
         """
         self.rows = rows.to(self._model.device)
         self.rows_of_layers = []
+        self._masks.clear()
         called: Any = self._model if logits_tokens else self._model.base_model
         more = {"logits_to_keep": logits_tokens} if logits_tokens else {}
         cache = self._memory.cache(self)

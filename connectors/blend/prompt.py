@@ -83,12 +83,13 @@ class Prompt:
     def first_of_documents(self, count: int, *, skip_first: bool) -> torch.Tensor:
         """The first `count` moved tokens of every document, bool (T,).
 
-        With `skip_first`, not those of a document that begins the prompt: nothing stands before it.
+        With `skip_first`, not those of a document that begins the prompt, as it did when it was computed.
         """
         out = torch.zeros(self.tokens, dtype=torch.bool)
+        begins = skip_first and any(span.start == 0 and span.source.computed_at == 0 for span in self.spans[:1])
         for document in range(int(self.document.max()) + 1 if self.tokens else 0):
             places = torch.nonzero((self.document == document) & self.moved)[:count, 0]
-            if not (skip_first and len(places) and int(places[0]) == 0):
+            if not (begins and len(places) and int(places[0]) == 0):
                 out[places] = True
         return out
 

@@ -90,8 +90,9 @@ class ModelName:
     def _read(self, files: list[Path]) -> None:
         future = self._fingerprint
         try:
-            future.set_result(self._name(files))
-            _log.info("the model's fingerprint is %s", future.result().hex())
+            fingerprint = self._name(files)
+            _log.info("the model's fingerprint is %s", fingerprint.hex())
+            future.set_result(fingerprint)
         except Exception as error:  # without a name nothing is reused, and the engine goes on
             _log.exception("the weight files could not be read; nothing is reused")
             future.set_exception(error)

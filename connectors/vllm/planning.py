@@ -149,11 +149,16 @@ class Planner:
         scheduled: Mapping[str, int],
         block_ids: Callable[[str], Sequence[int]],
         preempted: Iterable[str] = (),
+        *,
+        busy: bool = False,
     ) -> StepPlan:
-        """What the workers shall do at a step that computes `scheduled` tokens of each request."""
+        """What the workers shall do at a step that computes `scheduled` tokens of each request.
+
+        With `busy` the engine does other work beside it, so that how long it takes says nothing of prefills.
+        """
         abandoned = [request_id for request_id in preempted if self._interrupt(request_id)]
         if scheduled:
-            self._clock.step(scheduled, self._entries, waits=any(job.wait for job in self._loads))
+            self._clock.step(scheduled, self._entries, waits=busy or any(job.wait for job in self._loads))
         saves = []
         if self._writes:
             for request_id, tokens in scheduled.items():

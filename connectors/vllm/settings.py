@@ -11,6 +11,7 @@ import msgspec
 
 from kvstore.config import unknown_name
 from kvstore.connectors.prefix import LoadPolicy
+from kvstore.connectors.vllm.blend_settings import BlendSettings
 from kvstore.errors import ConfigError
 from kvstore.keys import DEFAULT_CHUNK_TOKENS
 from kvstore.spec import CHUNK_TOKENS_MAX
@@ -40,6 +41,7 @@ class VllmSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     save_queue_chunks: int = 1024
     weights_identity: str = ""
     share_between_engines: bool = False
+    blend: BlendSettings | None = None
 
     def __post_init__(self) -> None:
         scheme = urlsplit(self.url).scheme

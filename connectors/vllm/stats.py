@@ -18,11 +18,19 @@ _HELP = {
     "dropped_chunks": "Chunks not stored because their request was preempted or a load before them had failed.",
     "load_seconds": "Time spent loading, of all threads.",
     "save_seconds": "Time spent storing.",
+    "blended_requests": "Requests put together from documents that were computed elsewhere.",
+    "blended_tokens": "Tokens of theirs whose KV was computed behind other tokens.",
+    "blended_bytes": "Container bytes read for them.",
+    "blend_recomputed_tokens": "Tokens computed for blending beyond those without KV: token-layers over layers.",
+    "blend_load_seconds": "Time spent loading what is blended, of all threads.",
+    "blend_compute_seconds": "Time the engine spent on putting requests together.",
+    "document_pieces": "Pieces of documents that this engine has stored.",
 }
 _LABELLED = {
     "miss": ("misses", "Lookups that the store did not answer, by reason."),
     "failed": ("failed_loads", "Loads that stopped at a chunk, by reason."),
     "unsaved": ("unsaved_chunks", "Chunks that the store did not take, by reason."),
+    "unblended": ("unblended_requests", "Requests that asked for blending and were computed in full, by reason."),
     "bypassed": ("bypassed_requests", "Requests whose token ids do not name their KV, by the kind of their input."),
 }
 

@@ -1,4 +1,4 @@
-"""`kvstore gate`: measure what codecs do to a model, judge it, record it."""
+"""`kvstore gate`: measure what codecs, or blending, do to a model, judge it, record it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kvstore import gate, gate_records
+from kvstore.commands import gate_blend
 from kvstore.config import unknown_name
 from kvstore.errors import ConfigError, ContainerError
 from kvstore.keys import DEFAULT_CHUNK_TOKENS, ROOT
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from kvstore.connectors.gate import GateReport
     from kvstore.connectors.gate_trials import Trial
 
-SUMMARY = "measure what lossy codecs do to a model and record which levels pass; exit code 1 if a codec passes at none"
+SUMMARY = "measure what lossy codecs, or blending, do to a model and record what passes; exit code 1 if nothing does"
 
 TOKENS_DEFAULT = 16384
 FOLLOWING_DEFAULT = 256
@@ -42,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE", help="one limit set otherwise")
     parser.add_argument("--tokens", type=int, default=TOKENS_DEFAULT, help="text to use at most (default %(default)s)")
     parser.add_argument(
-        "--following", type=int, default=FOLLOWING_DEFAULT, help="tokens scored behind a context (default %(default)s)"
+        "--following",
+        type=int,
+        help=f"tokens scored behind a prompt (default {FOLLOWING_DEFAULT}, blending {gate_blend.FOLLOWING_DEFAULT})",
     )
     parser.add_argument(
         "--recall-prompts",
@@ -58,20 +61,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="DIR", help="where records go; default: beside the profile, or the first of KVSTORE_PROFILES"
     )
     parser.add_argument("--json", metavar="FILE", help="write the whole report there")
+    gate_blend.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print a table, write records and report; 0, or 1 if a codec passes at no level."""
     if not (arguments.text or arguments.recall):
         raise ConfigError("give --text FILE... (held-out text), --recall FILE, or both")
+    if arguments.following is None:
+        arguments.following = gate_blend.FOLLOWING_DEFAULT if arguments.blend else FOLLOWING_DEFAULT
     for flag, low in (("tokens", 1), ("following", 1), ("recall_prompts", 1), ("chunk_tokens", 1), ("seed", 0)):
         if getattr(arguments, flag) < low:
             raise ConfigError(f"--{flag.replace('_', '-')} is {getattr(arguments, flag)}; give at least {low}")
-    limits = _limits(arguments.purpose, arguments.limit)
+    limits = gate.STANDARD if arguments.blend else _limits(arguments.purpose, arguments.limit)
     directory = _directory(arguments.out, arguments.profile)
     if arguments.json and not Path(arguments.json).resolve().parent.is_dir():
         raise ConfigError(f"--json: there is no directory {Path(arguments.json).resolve().parent}")
-    codecs = _codecs(arguments.codecs, arguments.profile)
+    codecs = [] if arguments.blend else _codecs(arguments.codecs, arguments.profile)
     if "torch" not in sys.modules:  # its threads spin while they wait, which on busy cores takes many times as long
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
@@ -82,6 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"kvstore gate needs torch and transformers: pip install 'kvstore-tiered[torch]' ({error})"
         ) from error
 
+    if arguments.blend:
+        return gate_blend.run(arguments, directory, lambda: _codecs(arguments.codecs, arguments.profile), _progress)
     model = load_model(arguments.model, arguments.dtype, arguments.device)
     text, recall = _trials(arguments, model)
     report = run_gate(

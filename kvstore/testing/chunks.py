@@ -8,11 +8,21 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.chunk import encode_chunk, encoded_bytes_max
-from kvstore.codec import Codec
-from kvstore.codecs import registry
-from kvstore.container import ChunkMeta
+from kvstore.codec import Codec, SegmentPlan
+from kvstore.codecs.raw import RawCodec
+from kvstore.container import PART_KV, ChunkMeta
 from kvstore.keys import ROOT
 from kvstore.spec import KVSpec, Rope
+
+
+class LayerwiseRaw(RawCodec):
+    """Codec raw with a layer group for every layer, so that small chunks have several too."""
+
+    def plan(self, spec: KVSpec, tokens: int) -> tuple[SegmentPlan, ...]:
+        """One segment a layer."""
+        nbytes = spec.layer_bytes(tokens)
+        return tuple(SegmentPlan(0, PART_KV, layer, layer + 1, nbytes) for layer in range(spec.layers))
+
 
 FINGERPRINT = hashlib.sha256(b"kvstore sample model").digest()
 
@@ -51,7 +61,7 @@ def sample_container(
 ) -> bytes:
     """A container for `key`; its content follows from `seed`, by default from the key itself."""
     spec = spec or sample_spec()
-    codec = codec or registry.get("raw", ROOT)
+    codec = codec or LayerwiseRaw()
     seed = int.from_bytes(key[:8], "little") if seed is None else seed
     meta = ChunkMeta(fingerprint=fingerprint, key=key, spec=spec, tokens=tokens, parent=parent, first_position=position)
     buffer = bytearray(encoded_bytes_max(codec, spec, tokens))

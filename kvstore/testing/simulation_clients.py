@@ -155,7 +155,12 @@ class Client:
         begun = self._oracle.begin_delete(keys)
         self._store.delete(keys)
         if not self._store._closed:  # a store that is being closed deletes what it still can
-            self._oracle.end_delete(begun)
+            self._oracle.end_delete(begun, self._being_written())
+
+    def _being_written(self) -> set[bytes]:
+        """Chunks that a tier is writing: a delete waits for it, but not beyond its deadline."""
+        behind, putter = self._store._behind, self._store._putter
+        return {*(behind._writing if behind is not None else ()), *putter._late.values()}
 
     def _prefetch(self, op: Op, picked: list[Chunk], keys: list[bytes]) -> None:
         """Asks for the chunks in memory."""
@@ -195,7 +200,7 @@ class Client:
         try:
             self._store.flush(deadline_ms=op.deadline_ms)
         except OSError:
-            if not self._oracle.device_fails:
+            if not (self._oracle.device_fails or self._oracle.hasty):
                 raise
 
     def _stats(self, op: Op, picked: list[Chunk], keys: list[bytes]) -> None:
@@ -208,11 +213,11 @@ class Client:
 
 
 def close_store(store: Store, oracle: Oracle) -> None:
-    """Close; a tier that has failed says so."""
+    """Close; a tier that has failed says so, or that has not answered in time."""
     try:
         store.close()
     except OSError:
-        if not oracle.device_fails:
+        if not (oracle.device_fails or oracle.hasty):
             raise
 
 

@@ -42,6 +42,9 @@ class Oracle:
     A chunk is `certain` once a put of it has been acknowledged as durable, unless it has left the durable tier since
     that put began: then no crash may lose it. A key is `banned` while it has been deleted and nobody has begun to put
     it since the deletion began: then nobody may get it.
+
+    Of the life at hand, `device_fails` says that calls of the system may fail, and `hasty` that any wait may end too
+    soon; of all lives, `rotten` that a bit has changed on a disk.
     """
 
     def __init__(self) -> None:
@@ -51,6 +54,7 @@ class Oracle:
         self.trace: list[str] | None = None
         self.rotten = False
         self.device_fails = False
+        self.hasty = False
         self.facts = 0
         self._gone: dict[bytes, int] = {}
         self._put_begun: dict[bytes, int] = {}
@@ -95,10 +99,15 @@ class Oracle:
         """The deletion of `keys` begins; answers those that nobody is putting, for `end_delete`."""
         return {key: self._put_begun.get(key, 0) for key in keys if not self._put_running.get(key)}
 
-    def end_delete(self, begun: dict[bytes, int]) -> None:
-        """A deletion has been answered: what nobody has begun to put since it began, nobody may find."""
+    def end_delete(self, begun: dict[bytes, int], being_written: Collection[bytes]) -> None:
+        """A deletion has been answered: what nobody has begun to put since it began, nobody may find.
+
+        Only who does not wait for long finds what a tier was writing, is still or has written meanwhile.
+        """
         self._note(f"deleted {sorted(map(number, begun))}")
         for key, put_begun in begun.items():
+            if self.hasty and (key in being_written or any(key in keys for keys in self.present.values())):
+                continue
             if self._put_begun.get(key, 0) == put_begun:
                 self.banned[key] = self.facts
 

@@ -19,6 +19,8 @@ CHAINS = 3
 CHAIN_CHUNKS = 4
 TOKENS = (10, 30, 60, 100, 130, 20, 75, 45, 90, 15, 120, 50)
 SPEC = sample_spec(layers=2, kv_heads=1, dim=16)
+CHUNK_PAGES_MAX = 6
+"""Of the chunk with the most tokens."""
 
 
 TENANTS = ("", "a", "b")

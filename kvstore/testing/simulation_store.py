@@ -10,13 +10,14 @@ from typing import Any
 
 from kvstore.errors import TierError
 from kvstore.fetching import Step
+from kvstore.outcome import Reason
 from kvstore.store import Store
 from kvstore.store_settings import StoreSettings
 from kvstore.testing.faults import Fault, FaultyIo, RandomFaults
 from kvstore.testing.simulation_clients import Client, check_bounds, close_store
 from kvstore.testing.simulation_disk import SimulatedDisk
 from kvstore.testing.simulation_oracle import InvariantError, Oracle, number
-from kvstore.testing.simulation_plan import TENANTS, LifePlan, Plan, chunks
+from kvstore.testing.simulation_plan import CHUNK_PAGES_MAX, TENANTS, LifePlan, Plan, chunks
 from kvstore.testing.simulation_scheduler import Scheduler
 from kvstore.tier import IO_ALIGN
 from kvstore.tiers import fsck
@@ -58,8 +59,7 @@ class Life:
         self._directory = directory
         self._rng = random.Random(plan.seed * 10 + number)
         self._tiers: list[Any] = []
-        # Then any call may run out of time.
-        self._hasty = self._life.impatient or Fault.STALL in self._life.rates
+        oracle.hasty = self._life.impatient or Fault.STALL in self._life.rates
         self.faulty: FaultyIo | None = None
         self.store: Store | None = None
 
@@ -117,7 +117,7 @@ class Life:
                 quotas=plan.quotas(1),
             )
         except TierError:
-            if not self._oracle.device_fails:
+            if not (self._oracle.device_fails or self._oracle.rotten):
                 raise
             return False
         self._tiers.append(nvme)
@@ -160,7 +160,7 @@ class Life:
         try:
             store.flush()
         except OSError:
-            if not self._oracle.device_fails:
+            if not (self._oracle.device_fails or self._oracle.hasty):
                 raise
         self._scheduler.settle()
         self._check_patience()
@@ -193,7 +193,7 @@ class Life:
 
     def _check_patience(self) -> None:
         """Nobody waited for long in vain: a wait that ends by its time-out is a notification that never came."""
-        if self._hasty:
+        if self._oracle.hasty:
             return
         vain = [
             (seconds, task, what) for seconds, task, what in self._scheduler.timeouts if seconds > SUSPICIOUS_SECONDS
@@ -215,10 +215,16 @@ class Life:
         if step.miss is None:
             oracle.judge_served(key, dict(oracle.banned))
             oracle.judge_bytes(key, step.view, f"at the end, tier {step.tier}")
-        elif held and not (oracle.device_fails or self._hasty):
+        elif held and not (oracle.device_fails or self._oracle.hasty or self._outgrown(step)):
             raise InvariantError(f"chunk {number(key)} is there and cannot be fetched: {step.miss}")
         else:
             oracle.judge_miss(key, step.miss, "at the end")
+
+    def _outgrown(self, step: Step) -> bool:
+        """True for a chunk that its tenant has no room for in memory, and that buffers outside it are too small for."""
+        plan = self._plan
+        limited = bool(plan.quotas(0)) and plan.transient_pages < CHUNK_PAGES_MAX
+        return limited and step.miss is not None and step.miss.reason is Reason.FULL
 
     def _check_closed(self) -> None:
         if len(self._scheduler.live) > 1:

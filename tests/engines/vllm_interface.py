@@ -31,8 +31,13 @@ FIELDS = {
     ("vllm/v1/outputs.py", "KVConnectorOutput"): {"kv_connector_worker_meta", "invalid_block_ids"},
     ("vllm/v1/request.py", "Request"): {
         "request_id", "num_computed_tokens", "cache_salt", "skip_reading_prefix_cache", "num_tokens", "all_token_ids",
-        "lora_request", "mm_features", "prompt_embeds", "resumable",
+        "lora_request", "mm_features", "prompt_embeds", "resumable", "num_prompt_tokens", "kv_transfer_params",
     },
+    ("vllm/model_executor/models/llama.py", "LlamaAttention"): {"attn", "scaling"},
+    ("vllm/model_executor/models/qwen2.py", "Qwen2Attention"): {"attn", "scaling"},
+    ("vllm/model_executor/models/qwen3.py", "Qwen3Attention"): {"attn", "scaling"},
+    ("vllm/model_executor/models/llama.py", "LlamaModel"): {"embed_tokens"},
+    ("vllm/model_executor/models/qwen2.py", "Qwen2Model"): {"embed_tokens"},
     ("vllm/v1/kv_cache_interface.py", "FullAttentionSpec"): {"non_causal"},
     ("vllm/v1/kv_cache_interface.py", "AttentionSpec"): {
         "num_kv_heads", "head_size", "head_size_v", "dtype", "kv_quant_mode", "page_size_padded", "num_head_slots",
