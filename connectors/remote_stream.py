@@ -243,6 +243,10 @@ class PartReader:
                 raise ServiceError("the first layers of a chunk came without its header")
             head = payload[: frame.header_bytes]
             chunk.accept(head, CHUNK_BYTES_MAX, self._keys[frame.index], self._level_max)
+        coming = chunk.groups[frame.group : frame.group + frame.groups] if frame.group >= 0 else ()
+        nbytes = frame.header_bytes + sum(segment.length for group in coming for segment in group)
+        if nbytes != len(payload):  # before the chunk counts as delivered
+            raise ServiceError(f"layers of {nbytes} bytes came with {len(payload)}")
         at = frame.header_bytes
 
         def take(segment: Segment) -> memoryview:
@@ -250,10 +254,7 @@ class PartReader:
             at += segment.length
             return payload[at - segment.length : at]
 
-        part = self._deliver(frame, chunk, take)
-        if at != len(payload):
-            raise ServiceError(f"layers of {at} bytes came with {len(payload)}")
-        return part
+        return self._deliver(frame, chunk, take)
 
     def _deliver(self, frame: Frame, chunk: _Chunk, bytes_of: Callable[[Segment], memoryview]) -> Part:
         stop = frame.group + frame.groups

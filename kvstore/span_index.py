@@ -135,6 +135,14 @@ class SpanIndex:
         with self._lock:
             return self._by_sidecar.get(name)
 
+    def refresh(self, name: bytes) -> bool:
+        """Make the piece whose side-car has this key more recent; False if it is not known."""
+        with self._lock:
+            key = self._by_sidecar.get(name)
+            if key is not None:
+                self._touch(key)
+            return key is not None
+
     def discard(self, key: bytes) -> bool:
         """Forget a piece and those that continue it; True if it was known."""
         with self._lock:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -49,7 +48,7 @@ class SpanPlanner:
         self._lock = threading.Lock()
         self._position: int | None = None
         self._pieces_max = max(1, self.index.bytes_max // ENTRY_BYTES)
-        self._new: deque[bytes] = deque(maxlen=self._pieces_max)
+        self._news: dict[bytes, bool] = {}  # side-cars stored (True) or deleted (False), what was last heard of last
         self._entries: Iterator[Entry] = iter(())
         self._old: dict[bytes, None] = {}  # most recently used last
         self._unusable = 0
@@ -71,14 +70,14 @@ class SpanPlanner:
             return False
         try:
             self._note_stored()
-            while self._new and time.monotonic() < deadline:
-                self._take(self._new.popleft(), evict=True)
+            while self._news and time.monotonic() < deadline:
+                self._hear_first()
             if not self._note_old(deadline):
                 return False
             while self._old and time.monotonic() < deadline:
                 if not self._take(self._old.popitem()[0], evict=False):
                     self._old.clear()
-            return not self._new and not self._old
+            return not self._news and not self._old
         finally:
             self._lock.release()
 
@@ -86,7 +85,7 @@ class SpanPlanner:
         """What the index says, how many side-cars wait to be read and could not be used so far, and tokens planned."""
         return {
             **self.index.stats(),
-            "waiting": len(self._new) + len(self._old),
+            "waiting": len(self._news) + len(self._old),
             "unusable": self._unusable,
             "planned_tokens": self._planned.snapshot().get("planned_tokens", {}),
         }
@@ -104,10 +103,28 @@ class SpanPlanner:
                 self._entries = self._stored()
                 continue
             for event in events:
-                if event.kind == "stored" and self._is_wanted(event.key, event.parent or ROOT, event.nbytes):
-                    self._new.append(event.key)
+                if event.kind == "stored" and _is_sidecar(event.key, event.parent or ROOT, event.nbytes):
+                    self._queue(event.key, stored=True)
                 elif event.reason is Removal.DELETED:
-                    self._forget(event.key)
+                    self._queue(event.key, stored=False)
+
+    def _queue(self, key: bytes, *, stored: bool) -> None:
+        """Have a side-car taken or forgotten in its turn: the order of events is the order of use."""
+        self._news.pop(key, None)
+        if not stored and self.index.described_by(key) is None:
+            return
+        self._news[key] = stored
+        if len(self._news) > self._pieces_max:  # the index would forget the first one again
+            first = next(iter(self._news))
+            if not self._news.pop(first):
+                self._forget(first)
+
+    def _hear_first(self) -> None:
+        first = next(iter(self._news))
+        if self._news.pop(first):
+            self._take(first, evict=True)
+        else:
+            self._forget(first)
 
     def _forget(self, key: bytes) -> None:
         """Forget a piece whose side-car has been deleted: whoever deletes a text wants it gone."""
@@ -124,7 +141,7 @@ class SpanPlanner:
         """Queue the side-cars among what is stored; False if there is more to go through."""
         while entries := list(islice(self._entries, ENTRIES_STEP)):
             for entry in entries:
-                if self._is_wanted(entry.key, entry.parent, entry.nbytes):
+                if entry.parent not in self.index and _is_sidecar(entry.key, entry.parent, entry.nbytes):
                     self._old.pop(entry.key, None)
                     self._old[entry.key] = None
                     if len(self._old) > self._pieces_max:
@@ -133,13 +150,10 @@ class SpanPlanner:
                 return False
         return True
 
-    def _is_wanted(self, key: bytes, parent: bytes, nbytes: int) -> bool:
-        return (
-            parent != ROOT and nbytes <= SIDECAR_BYTES_MAX and key == sidecar_key(parent) and parent not in self.index
-        )
-
     def _take(self, key: bytes, *, evict: bool) -> bool:
-        """Read a side-car into the index; False if there is no room for it."""
+        """Read a side-car into the index, unless it is known; False if there is no room for it."""
+        if self.index.refresh(key):
+            return True
         loan = self._store.borrow(key, deadline_ms=READ_DEADLINE_MS)
         if isinstance(loan, Miss):
             return True  # it has left again
@@ -151,3 +165,7 @@ class SpanPlanner:
                 _log.warning("side-car %s is not usable: %s", key.hex()[:12], error)
                 return True
         return self.index.add(sidecar, evict=evict)
+
+
+def _is_sidecar(key: bytes, parent: bytes, nbytes: int) -> bool:
+    return parent != ROOT and nbytes <= SIDECAR_BYTES_MAX and key == sidecar_key(parent)

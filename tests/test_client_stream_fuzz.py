@@ -109,17 +109,31 @@ def test_a_good_stream_is_read_whole() -> None:
         assert missed == {1}
 
 
+def test_a_last_layer_with_more_bytes_than_it_has_is_no_delivery() -> None:
+    header = parse(memoryview(CONTAINERS[0]))
+    stream, groups = encode_frame(Frame(kind="open")), list(header.groups())
+    for group, segments in enumerate(groups):
+        head = CONTAINERS[0][: header.header_bytes] if not group else b""
+        body = head + b"".join(CONTAINERS[0][s.offset : s.offset + s.length] for s in segments)
+        body += b"x" * (group == len(groups) - 1)
+        frame = Frame(kind="layers", index=0, group=group, groups=1, header_bytes=len(head), payload_bytes=len(body))
+        stream += encode_frame(frame) + body
+    good, missed = read(stream)
+    assert good == {}
+    assert missed == {0, 1, 2}
+
+
 @settings(max_examples=400, deadline=None)
 @given(
-    st.sampled_from(STREAMS),
+    st.sampled_from(range(len(STREAMS))),
     st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
     st.floats(0, 1),
     st.booleans(),
 )
 def test_damaged_streams_never_give_wrong_bytes(
-    stream: bytes, changes: list[tuple[float, int]], cut: float, cutting: bool
+    stream: int, changes: list[tuple[float, int]], cut: float, cutting: bool
 ) -> None:
-    data = bytearray(stream)
+    data = bytearray(STREAMS[stream])
     for where, value in changes:
         data[int(where * (len(data) - 1))] = value
     good, missed = read(bytes(data[: int(cut * len(data))] if cutting else data))

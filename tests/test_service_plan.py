@@ -159,7 +159,8 @@ def test_any_body_is_answered_or_refused(server: ServerThread) -> None:
         status, answer = ask(server, "plan", BODY | change)
         assert status in (200, 400, 413), answer
         if status == 200:
-            parse_plan(msgspec.convert(answer, PlanReply), len(PROMPT))
+            tokens = msgspec.convert((BODY | change)["token_ids"], list[int])
+            parse_plan(msgspec.convert(answer, PlanReply), len(tokens))
 
     fuzz()
     assert ask(server, "plan", BODY)[0] == 200

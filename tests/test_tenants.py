@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kvstore.client import Client
+from kvstore.codecs.raw import RawCodec
 from kvstore.compose import open_store
 from kvstore.config import Config, ServiceConfig, Settings, TierConfig
 from kvstore.connect import connect
@@ -39,7 +40,7 @@ NAMES = {"research": TenantConfig(quota={"dram": 2 * UNIT}), "chat": TenantConfi
 
 def container_of(number: int) -> bytes:
     """A container that takes a UNIT."""
-    data = sample_container(KEYS[number], spec=SPEC, tokens=1)
+    data = sample_container(KEYS[number], spec=SPEC, tokens=1, codec=RawCodec())
     assert IO_ALIGN < len(data) <= UNIT
     return data
 
