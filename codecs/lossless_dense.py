@@ -14,6 +14,7 @@ class LosslessDenseCodec(LosslessCodec):
     """Writes exponents through R32 for every element type."""
 
     id = "lossless_dense"
+    parallel = False
 
     def wants_tables(self, spec: KVSpec) -> bool:
         """Format 3 for every type."""

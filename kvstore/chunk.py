@@ -110,7 +110,9 @@ def decode_groups(
     """
     small = sum(segment.length for group in groups for segment, _ in group) < PARALLEL_BYTES_MIN
     for_each(
-        lambda group: decode_group(codec, group, arrays, spec, level_min=level_min), groups, 1 if small else threads
+        lambda group: decode_group(codec, group, arrays, spec, level_min=level_min),
+        groups,
+        threads if codec.parallel and not small else 1,
     )
 
 

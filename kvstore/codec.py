@@ -68,6 +68,11 @@ class Codec(ABC):
     exact: ClassVar[bool]
     """True if decode returns the encoded bits."""
 
+    parallel: ClassVar[bool] = True
+    """Whether several threads decode layer groups sooner than one: not where much of the work holds the interpreter's
+    lock.
+    """
+
     profile: bytes = ROOT
     """Name of the calibrated profile this instance writes with; zeros for none."""
 
