@@ -23,7 +23,7 @@ import numpy.typing as npt
 from kvstore.bench.cli import BenchError
 from kvstore.bench.daemon import Daemon
 from kvstore.bench.timing import median, seconds
-from kvstore.chunk import encode_chunk, encoded_bytes_max
+from kvstore.chunk_put import chunk_put
 from kvstore.client import Client, PutChunk
 from kvstore.codecs import registry
 from kvstore.container import ChunkMeta
@@ -130,8 +130,7 @@ class _Reader:
     def _chunk(self, index: int) -> PutChunk:
         meta = ChunkMeta(fingerprint=ROOT, key=self._keys[index], spec=SPEC, tokens=TOKENS)
         arrays = self._arrays(self._source, index)
-        nbytes_max = encoded_bytes_max(self._codec, SPEC, TOKENS)
-        return PutChunk(meta.key, nbytes_max, lambda buffer: encode_chunk(self._codec, meta, arrays, buffer))
+        return chunk_put(self._codec, meta, lambda: arrays)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,8 @@ import msgspec
 import numpy as np
 
 from kvstore import kernels
-from kvstore.chunk import check_coverage, encode_chunk, encoded_bytes_max
+from kvstore.chunk import check_coverage
+from kvstore.chunk_put import chunk_put
 from kvstore.client import Client, Part, PutChunk
 from kvstore.codec import Codec
 from kvstore.codecs import registry
@@ -192,15 +193,13 @@ class LMCacheObjects:
         )
 
     def _put(self, item: LMCacheObject) -> PutChunk:
-        meta, geometry, codec = self._meta(item), item.geometry, self._codec
+        meta, geometry = self._meta(item), item.geometry
         if geometry is not None:
-            try:
-                nbytes_max = encoded_bytes_max(codec, meta.spec, meta.tokens)
-            except CodecError:  # a geometry that this codec does not serve
-                codec = registry.get("raw")
-                nbytes_max = encoded_bytes_max(codec, meta.spec, meta.tokens)
             arrays = geometry.arrays(item.view)
-            return PutChunk(meta.key, nbytes_max, lambda buffer: encode_chunk(codec, meta, arrays, buffer))
+            try:
+                return chunk_put(self._codec, meta, lambda: arrays)
+            except CodecError:  # a geometry that this codec does not serve
+                return chunk_put(registry.get("raw"), meta, lambda: arrays)
         nbytes_max = container_bytes_max(meta.spec, [(0, len(item.view))])
         return PutChunk(meta.key, nbytes_max, lambda buffer: _write_opaque(meta, item.view, buffer))
 

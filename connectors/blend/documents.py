@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from kvstore.chunk import encode_chunk, encoded_bytes_max
+from kvstore.chunk_put import chunk_put
 from kvstore.client import PutChunk
 from kvstore.connector import Stored
 from kvstore.connectors.blend.compiling import compile_span
@@ -81,19 +81,13 @@ def _put_all(prefixes: PrefixStore, puts: Sequence[PutChunk]) -> list[PutStatus]
 
 
 def _put_piece(prefixes: PrefixStore, memory: TorchKV, piece: Piece, flags: int) -> PutChunk:
-    tokens = piece.stop - piece.start
     meta = ChunkMeta(
         fingerprint=prefixes.keys.fingerprint,
         key=piece.key,
         spec=prefixes.spec,
-        tokens=tokens,
+        tokens=piece.stop - piece.start,
         parent=piece.parent,
         first_position=piece.position,
         flags=FLAG_CONTENT_KEY | flags,
     )
-
-    def write(buffer: memoryview) -> int:
-        return encode_chunk(prefixes.codec, meta, memory.readable(piece.start, piece.stop), buffer)
-
-    nbytes_max = encoded_bytes_max(prefixes.codec, prefixes.spec, tokens)
-    return PutChunk(key=piece.key, nbytes_max=nbytes_max, write=write, parent=piece.parent)
+    return chunk_put(prefixes.codec, meta, lambda: memory.readable(piece.start, piece.stop))

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from kvstore.chunk import check_coverage, decode_groups, encode_chunk, encoded_bytes_max
+from kvstore.chunk import check_coverage, decode_groups
+from kvstore.chunk_put import chunk_put
 from kvstore.client import Client, Part, PutChunk
 from kvstore.codec import Codec
 from kvstore.codecs import registry
@@ -109,21 +110,16 @@ def puts_of(
     piece: StoredPiece, staging: Staging, spec: KVSpec, fingerprint: bytes, codec: Codec
 ) -> tuple[PutChunk, PutChunk]:
     """A piece of a document as the chunk to put, and its side-car."""
-    tokens = piece.stop - piece.start
     meta = ChunkMeta(
         fingerprint=fingerprint,
         key=piece.key,
         spec=spec,
-        tokens=tokens,
+        tokens=piece.stop - piece.start,
         parent=piece.parent,
         first_position=piece.start,
         flags=FLAG_CONTENT_KEY,
     )
-
-    def write(buffer: memoryview) -> int:
-        return encode_chunk(codec, meta, staging.arrays, buffer)
-
-    chunk = PutChunk(piece.key, encoded_bytes_max(codec, spec, tokens), write, piece.parent)
+    chunk = chunk_put(codec, meta, lambda: staging.arrays)
     return chunk, put_packed(piece.sidecar, piece.key, fingerprint, KIND_TOKENS)
 
 

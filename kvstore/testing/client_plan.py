@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvstore.chunk import encode_chunk, encoded_bytes_max
+from kvstore.chunk_put import chunk_put
 from kvstore.client import Client, PutChunk
 from kvstore.codecs import registry
 from kvstore.container import FLAG_CONTENT_KEY, ChunkMeta
@@ -68,8 +68,7 @@ def _content_chunk(piece: Piece) -> PutChunk:
         flags=FLAG_CONTENT_KEY,
     )
     arrays = spec.arrays(sample_kv(spec, tokens, seed=piece.start), tokens)
-    nbytes_max = encoded_bytes_max(codec, spec, tokens)
-    return PutChunk(piece.key, nbytes_max, lambda buffer: encode_chunk(codec, meta, arrays, buffer), piece.parent)
+    return chunk_put(codec, meta, lambda: arrays)
 
 
 def put_prompt(client: Client, tokens: Sequence[int], keys: KeyScheme | None = None) -> list[bytes]:
