@@ -196,20 +196,31 @@ class PutPath:
     def _wait_settled(self, filling: _Filling) -> bool:
         """Wait until no durable record names any of the extent; gives up the chunk and answers False if that fails."""
         for ticket in filling.reservation.waits:
-            if not ticket.done.wait(COMMIT_WAIT_SECONDS) or ticket.error is not None:
-                with self._volume.lock:
-                    self._give_up(filling, "the eviction that makes room for it did not commit", quarantine=False)
-                return False
+            settled = ticket.done.wait(COMMIT_WAIT_SECONDS)
+            if settled and ticket.error is None:
+                continue
+            with self._volume.lock:
+                if settled:
+                    detail = f"the eviction that makes room for it failed: {ticket.error}"
+                    self._give_up(filling, detail, quarantine=False)
+                else:  # a slow device is not a broken one
+                    detail = f"the eviction that makes room for it was not durable within {COMMIT_WAIT_SECONDS:g} s"
+                    self._abandon(filling, _refused(Reason.DEADLINE, detail), quarantine=False)
+            return False
         return True
 
     def _give_up(self, filling: _Filling, detail: str, *, quarantine: bool, error: OSError | None = None) -> None:
-        """Answer a put that failed before its record was queued, under the lock."""
+        """Answer a put that the device failed before its record was queued, under the lock."""
         volume = self._volume
         volume.counts["io_errors"] += 1
-        volume.space.abandon(filling.entry, quarantine=quarantine)
         if quarantine:
             volume.quarantine(filling.entry, error)
-        self._finish(filling, _refused(Reason.IO_ERROR, detail))
+        self._abandon(filling, _refused(Reason.IO_ERROR, detail), quarantine=quarantine)
+
+    def _abandon(self, filling: _Filling, status: PutStatus, *, quarantine: bool) -> None:
+        """Give back, or with `quarantine` keep from use, what was reserved, and answer the put, under the lock."""
+        self._volume.space.abandon(filling.entry, quarantine=quarantine)
+        self._finish(filling, status)
 
     def _queue_records(self, fillings: list[_Filling]) -> None:
         """Queue the records of written chunks, under the lock; evictions ahead ride along."""

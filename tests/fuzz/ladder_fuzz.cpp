@@ -238,7 +238,11 @@ int main(int count, char** arguments) {
     Random random(seed);
     std::vector<Tables> tables;
     for (size_t i = 0; i < kTableSets; ++i) tables.push_back(ladder_tables(random, i % 4 == 3));
-    for (size_t number = 0; number < cases; ++number) run_case(random, tables, seed, number);
+    for (size_t number = 0; number < cases; ++number) {
+        run_case(random, tables, seed, number);
+        // A campaign of an hour that is cut short should still say how far it came.
+        if ((number + 1) % 50000 == 0 && number + 1 < cases) std::fprintf(stderr, "%zu cases\n", number + 1);
+    }
     std::printf("%zu cases\n", cases);
     return 0;
 }
