@@ -137,14 +137,14 @@ def test_prompts_are_told_apart_by_their_chains() -> None:
     head, one, two, three, four = (bytes([number]) * 32 for number in range(1, 6))
     prompts = PromptTracker()
     nodes = {key: object() for key in (head, one)}
-    first = prompts.used(one, nodes[one], nodes[head])
-    assert prompts.used(head, nodes[head], None) is first
+    first = prompts.used(one, nodes[one], nodes[head], None)
+    assert prompts.used(head, nodes[head], None, None) is first
     assert prompts.expect([two, three], one, 2) is None
     assert (prompts.of(two), prompts.of(three)) == (first, LAST)
     assert (first.new, first.kind) == (2, 1)
     assert prompts.expect([four], three, 1) == three, "the prompt goes on, so that was not its end"
     assert (prompts.latest, first.new) == (first, 3)
-    assert prompts.used(head, nodes[head], None) is not first
+    assert prompts.used(head, nodes[head], None, None) is not first
     assert prompts.expect([three], one, 1) is None
     assert prompts.latest.new == 1
     kinds = []

@@ -88,7 +88,8 @@ class AdaptivePolicy(ChainedPolicy, AdmissionPolicy):
     def _accessed(self, node: Node, returns: bool | None) -> None:
         self._advance(node.nbytes)
         node.entered = self._clock_bytes
-        node.prompt = self._prompts.used(node.key, node, node.parent)
+        left = node.prompt if node.children == 1 else None
+        node.prompt = self._prompts.used(node.key, node, node.parent, left)
         self._model.saw(key_hash(node.key), node.visits, node.prompt, self._clock_bytes)
 
     def _removed(self, node: Node, evicted: bool) -> None:

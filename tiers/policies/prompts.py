@@ -2,7 +2,8 @@
 
 The next turn of a conversation brings a few new chunks behind many known ones, and is followed by another more often
 than a prompt that brings many: a document to read, say, behind a head that all share. The last chunk of a prompt is a
-kind of its own: the next turn may find it only partly filled, and then never uses it.
+kind of its own: the next turn may find it only partly filled, and then never uses it. So are the chunks that a prompt
+left behind when another went a different way: an answer that was regenerated, a question that was edited.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import msgspec
 
 from kvstore.keys import ROOT
 
-KINDS = 6
-"""At most 1, 3, 7, 15 and any number of new chunks; and the last chunk of whatever prompt."""
+KINDS = 7
+"""At most 1, 3, 7, 15 and any number of new chunks; what was left behind; and the last chunk of whatever prompt."""
+SUPERSEDED = KINDS - 2
+_OF_NEW = KINDS - 2
 
 
 class Prompt(msgspec.Struct, eq=False, gc=False):
     """A prompt, shared by the chunks that it used last.
 
-    `new` counts its chunks that had not been seen before; `kind` is 0 .. KINDS - 1 by that.
+    `new` counts its chunks that had not been seen before; `kind` is 0 .. KINDS - 1 by that, or SUPERSEDED.
     """
 
     new: int = 0
@@ -29,7 +32,7 @@ class Prompt(msgspec.Struct, eq=False, gc=False):
     def add(self, new: int) -> None:
         """Count more of them."""
         self.new += new
-        self.kind = min(KINDS - 2, max(self.new, 1).bit_length() - 1)
+        self.kind = min(_OF_NEW - 1, max(self.new, 1).bit_length() - 1)
 
 
 LAST = Prompt(kind=KINDS - 1)
@@ -43,12 +46,18 @@ class PromptTracker:
         self._prompt = Prompt()
         self._above: object = None
         self._tip = b""
+        self._left: Prompt | None = None
         self._expected: frozenset[bytes] = frozenset()
 
-    def used(self, key: bytes, node: object, above: object) -> Prompt:
-        """The prompt of a use; the chunks of a prompt are used last to first. `above`: what comes before the node."""
+    def used(self, key: bytes, node: object, above: object, left: Prompt | None) -> Prompt:
+        """The prompt of a use; the chunks of a prompt are used last to first. `above`: what comes before the node.
+
+        `left`: the prompt that used the node last, if it is known to be the only one that went on behind it. It is
+        superseded if this one goes on differently. A head that many share has many behind it.
+        """
         if node is not self._above:
             self._prompt, self._tip = Prompt(), key
+            self._left = None if left is LAST else left
         self._above = above
         return self._prompt
 
@@ -60,8 +69,11 @@ class PromptTracker:
         amended = None
         if parent == ROOT or parent != self._tip:
             self._prompt = Prompt()
+        elif self._left is not None:
+            self._left.kind = SUPERSEDED
         elif parent in self._expected:
             amended = parent
+        self._left = None
         self._prompt.add(new)
         self._tip, self._above = keys[-1], None
         self._expected = frozenset(keys)
