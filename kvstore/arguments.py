@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 
-from kvstore.client import DEADLINE_MS_DEFAULT, QUALITY_EXACT
+from kvstore.client import DEADLINE_MS_DEFAULT, DEADLINE_MS_MAX, QUALITY_EXACT, PutChunk
 from kvstore.errors import ConfigError
 from kvstore.keys import KEY_BYTES, ROOT
 
@@ -14,13 +14,17 @@ OWNER_CHARACTERS_MAX = 128
 PIN_PRIORITY_MAX = 255
 
 
-def deadline_at(deadline_ms: float | None) -> float:
-    """time.monotonic seconds of a deadline given from now; None means DEADLINE_MS_DEFAULT. Raises ConfigError."""
+def deadline_at(deadline_ms: float | None, *, longest_ms: float = DEADLINE_MS_MAX) -> float:
+    """time.monotonic seconds of a deadline given from now, `longest_ms` at most; None means DEADLINE_MS_DEFAULT.
+
+    Raises:
+        ConfigError: it is negative.
+    """
     if deadline_ms is None:
         deadline_ms = DEADLINE_MS_DEFAULT
     if not deadline_ms >= 0:
         raise ConfigError(f"deadline_ms is {deadline_ms}; it must not be negative")
-    return time.monotonic() + deadline_ms / 1000
+    return time.monotonic() + min(deadline_ms, longest_ms) / 1000
 
 
 def check_fetch(order: str, min_quality: int, max_quality: int | None = None, *, decode: bool) -> None:
@@ -52,6 +56,22 @@ def check_place(key: bytes, parent: bytes) -> None:
     check_key(parent)
     if key in (ROOT, parent):
         raise ConfigError(f"chunk key {key.hex()} is {'all zeros' if key == ROOT else 'its own parent'}; see KeyScheme")
+
+
+def check_room(nbytes_max: int) -> None:
+    """Raise ConfigError unless room for so many bytes may be asked for."""
+    if not isinstance(nbytes_max, int) or nbytes_max < 1:
+        raise ConfigError(f"nbytes_max is {nbytes_max!r}; give the most bytes that the container may have")
+
+
+def write_chunk(chunk: PutChunk, buffer: memoryview) -> int:
+    """Bytes of the container that the caller's `write` has put into `buffer`. Raises ConfigError if they cannot be."""
+    nbytes = chunk.write(buffer)
+    if not isinstance(nbytes, int) or not 0 < nbytes <= chunk.nbytes_max:
+        raise ConfigError(
+            f"write of chunk {chunk.key.hex()[:12]} answered {nbytes!r:.80} bytes; nbytes_max is {chunk.nbytes_max}"
+        )
+    return nbytes
 
 
 def check_keys(keys: Sequence[bytes]) -> None:

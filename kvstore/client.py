@@ -31,6 +31,9 @@ Order = Literal["chunk", "layer"]
 DEADLINE_MS_DEFAULT = 30_000
 """No operation waits for ever: what is not there by then is a miss with reason deadline."""
 
+DEADLINE_MS_MAX = 3_600_000.0
+"""A longer deadline counts as this one, but for events."""
+
 
 PLAN_DEFAULT = PlanOptions()
 
@@ -94,7 +97,8 @@ class ChunkInfo(msgspec.Struct, frozen=True):
 class Client(ABC):
     """A store, near or far. See the module's text for what every verb promises.
 
-    Keys are 32 bytes. `deadline_ms` counts from the call; None means DEADLINE_MS_DEFAULT.
+    Keys are 32 bytes. `deadline_ms` counts from the call; None means DEADLINE_MS_DEFAULT, more than
+    DEADLINE_MS_MAX counts as that.
 
     A chunk's quality is the highest level of the lossy codec that it is stored in, counted from 0; in an exact codec it
     is QUALITY_EXACT.

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from kvstore.arguments import deadline_at
+from kvstore.arguments import check_room, deadline_at, write_chunk
 from kvstore.client import PLAN_DEFAULT, ChunkInfo, Client, Order, Part, PutChunk
 from kvstore.events import EventFilter, EventStream, RingStream
 from kvstore.explaining import Explanation
 from kvstore.fetching import Step
 from kvstore.keys import KeyScheme, Tokens
 from kvstore.outcome import Lookup, PutStatus
-from kvstore.promotion import Place
+from kvstore.places import Place
 from kvstore.putting import PendingPut
 from kvstore.span_plan import PlanOptions, SpanPlan
 from kvstore.span_planner import SpanPlanner
@@ -42,6 +43,7 @@ class EmbeddedClient(Client):
         deadline = deadline_at(deadline_ms)
         pending: list[PendingPut] = []
         for chunk in chunks:
+            check_room(chunk.nbytes_max)
             place = self.store.reserve(
                 chunk.key, chunk.nbytes_max, parent=chunk.parent, durable=durable, tenant=self._tenant
             )
@@ -49,7 +51,7 @@ class EmbeddedClient(Client):
                 pending.append(place)
                 continue
             try:
-                nbytes = chunk.write(place.view)
+                nbytes = write_chunk(chunk, place.view)
             except BaseException:
                 place.abort()
                 raise
@@ -129,7 +131,8 @@ class EmbeddedClient(Client):
         deadline_ms: float | None = None,
     ) -> EventStream:
         wanted = EventFilter(tiers, kinds)
-        return RingStream(self.store.events.ring, after=after, wanted=wanted, deadline=deadline_at(deadline_ms))
+        deadline = deadline_at(deadline_ms, longest_ms=math.inf)
+        return RingStream(self.store.events.ring, after=after, wanted=wanted, deadline=deadline)
 
     def flush(self, *, deadline_ms: float | None = None) -> bool:
         return self.store.flush(deadline_ms=deadline_ms)

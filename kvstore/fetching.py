@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future
@@ -12,7 +13,7 @@ from kvstore.client import Origin
 from kvstore.container import Header, Segment
 from kvstore.errors import ContainerError
 from kvstore.levels import parse_up_to
-from kvstore.loan import Loan
+from kvstore.loan import Loan, Standby, holds_room
 from kvstore.movers import Movers, begin, collected, give_back
 from kvstore.outcome import Miss
 from kvstore.partial_reading import borrow_up_to
@@ -69,7 +70,11 @@ def chunk_steps(
 
 
 class _Window:
-    """Consecutive chunks of a fetch. What is in memory is leased at once, without a thread hop; movers read others."""
+    """Consecutive chunks of a fetch. What is in memory is leased at once, without a thread hop; movers read others.
+
+    Until its turn has come a window keeps no room outside memory from anybody who waits for such room: what it has read
+    into it is given up then, and read again.
+    """
 
     def __init__(
         self,
@@ -81,8 +86,14 @@ class _Window:
         min_quality: int,
         max_quality: int | None,
     ) -> None:
+        self._promoter = promoter
+        self._movers = movers
         self._deadline = deadline
+        self._min_quality = min_quality
         self._level_max = max_quality
+        self._lock = threading.Lock()
+        self._ahead = True
+        self._standby: Standby | None = None
         self._outcomes: dict[int, Loan | Miss] = {}
         self._indices = indices
         for index in indices:
@@ -90,12 +101,8 @@ class _Window:
             if loan is not None:
                 self._outcomes[index] = loan
         self._rest = [index for index in indices if index not in self._outcomes]
-        wanted = [keys[index] for index in self._rest]
-        self._reading: Future[list[Loan | Miss]] | None = None
-        if wanted:
-            self._reading = begin(
-                movers, borrow_up_to, promoter, wanted, max_quality, deadline=deadline, min_quality=min_quality
-            )
+        self._keys = [keys[index] for index in self._rest]
+        self._reading = self._begin(self._keys) if self._rest else None
 
     def steps(self) -> Iterator[Step]:
         """One step a chunk; each loan ends when the caller asks for the next step."""
@@ -115,14 +122,44 @@ class _Window:
             if isinstance(outcome, Loan):
                 outcome.release()
         self._outcomes.clear()
+        self._come()
         if self._reading is not None:
             give_back(self._reading)
 
+    def _begin(self, keys: list[bytes]) -> Future[list[Loan | Miss | None]]:
+        return begin(self._movers, self._read, keys)
+
+    def _read(self, keys: list[bytes]) -> list[Loan | Miss | None]:
+        """Read chunks, on a mover's thread. An outcome becomes None if its room is given up before its turn comes."""
+        outcomes: list[Loan | Miss | None] = [
+            *borrow_up_to(self._promoter, keys, self._level_max, deadline=self._deadline, min_quality=self._min_quality)
+        ]
+        with self._lock:
+            if self._ahead and holds_room(outcomes):
+                self._standby = Standby(self._promoter.transient, outcomes)
+        return outcomes
+
+    def _come(self) -> None:
+        """The turn has come, or will not: what has been read stays as it is from now on."""
+        with self._lock:
+            self._ahead = False
+        if self._standby is not None:
+            self._standby.end()
+
     def _collect(self) -> None:
         assert self._reading is not None
+        self._come()
         outcomes = collected(self._reading, len(self._rest), self._deadline)
+        given_up = [at for at, outcome in enumerate(outcomes) if outcome is None]
+        if given_up:
+            self._reading = self._begin([self._keys[at] for at in given_up])
+            again = collected(self._reading, len(given_up), self._deadline)
+            for at, outcome in zip(given_up, again, strict=True):
+                outcomes[at] = outcome
         self._reading = None
-        self._outcomes.update(zip(self._rest, outcomes, strict=True))
+        for index, outcome in zip(self._rest, outcomes, strict=True):
+            assert outcome is not None, "only what is ahead is given up"
+            self._outcomes[index] = outcome
 
 
 def _whole(index: int, loan: Loan, level_max: int | None) -> Step:

@@ -20,7 +20,8 @@ from kvstore.levels import up_to_level
 from kvstore.loan import Loan
 from kvstore.movers import CLOSED, Movers, begin
 from kvstore.outcome import Miss
-from kvstore.promotion import ABSENT, HEAD_READ_BYTES, LATE, Place, Promoter, wanted_from
+from kvstore.places import Place, wanted_from
+from kvstore.promotion import ABSENT, HEAD_READ_BYTES, LATE, Promoter
 from kvstore.tier import IO_ALIGN, ReadItem, Tier
 
 
@@ -213,8 +214,11 @@ class LayerFetch:
             chunks = wanted_from(tier, [load.key for load in left])
             found = [(load, chunk) for load, chunk in zip(left, chunks, strict=True) if chunk is not None]
             left = [load for load, chunk in zip(left, chunks, strict=True) if chunk is None]
+            holds_room = any(load.place is not None and load.place.transient for load in loads)
             places = self._promoter.places(
-                [chunk for _, chunk in found], deadline=self._deadline, min_quality=self._min_quality
+                [chunk for _, chunk in found],
+                deadline=0.0 if holds_room else self._deadline,
+                min_quality=self._min_quality,
             )
             for (load, _), place in zip(found, places, strict=True):
                 if isinstance(place, Miss):

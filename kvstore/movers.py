@@ -19,6 +19,7 @@ CLOSED = Miss(Reason.UNAVAILABLE, "the store is closed")
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+Outcome = TypeVar("Outcome", bound=Loan | Miss | None)
 
 
 class Movers:
@@ -59,10 +60,10 @@ def borrow_by(
     return collected(begin(movers, promoter.borrow, keys, deadline=deadline, promote=promote), len(keys), deadline)
 
 
-def collected(reading: Future[list[Loan | Miss]], count: int, deadline: float) -> list[Loan | Miss]:
+def collected(reading: Future[list[Outcome]], count: int, deadline: float) -> list[Outcome | Miss]:
     """The outcomes of a read, or as many misses with reason deadline."""
     try:
-        return reading.result(timeout=max(0.0, deadline - time.monotonic()))
+        return [*reading.result(timeout=max(0.0, deadline - time.monotonic()))]
     except FutureTimeoutError:
         give_back(reading)
         return [LATE] * count
@@ -70,7 +71,7 @@ def collected(reading: Future[list[Loan | Miss]], count: int, deadline: float) -
         return [CLOSED] * count
 
 
-def give_back(reading: Future[list[Loan | Miss]]) -> None:
+def give_back(reading: Future[list[Outcome]]) -> None:
     """Nobody waits for a read any more: it is not begun, or its loans end as soon as it is done."""
     if not reading.cancel():
         reading.add_done_callback(_release_all)
@@ -87,7 +88,7 @@ def done_by(movers: Executor, work: Callable[[], object], deadline: float) -> bo
     return True
 
 
-def _release_all(reading: Future[list[Loan | Miss]]) -> None:
+def _release_all(reading: Future[list[Outcome]]) -> None:
     if not reading.cancelled() and reading.exception() is None:
         for outcome in reading.result():
             if isinstance(outcome, Loan):

@@ -8,10 +8,12 @@ from kvstore import container
 from kvstore.container import Header
 from kvstore.errors import ContainerError
 from kvstore.levels import parse_up_to, up_to_level
-from kvstore.loan import Loan, TransientBuffer
-from kvstore.outcome import Miss
+from kvstore.loan import Loan, Standby, TransientBuffer, holds_room
+from kvstore.outcome import Miss, Reason
 from kvstore.promotion import HEAD_READ_BYTES, Promoter
 from kvstore.tier import ReadItem, Tier
+
+_TAKEN = Miss(Reason.BUSY, "others waited for the room outside memory that it took")
 
 
 def borrow_up_to(
@@ -25,22 +27,26 @@ def borrow_up_to(
     if level_max is None:
         return promoter.borrow(keys, deadline=deadline, min_quality=min_quality)
     loans = _leading(promoter, keys, level_max, deadline, min_quality)
-    rest = [key for key, loan in zip(keys, loans, strict=True) if loan is None]
-    others = iter(promoter.borrow(rest, deadline=deadline, min_quality=min_quality) if rest else ())
-    return [loan if loan is not None else next(others) for loan in loans]
+    cut = {index for index, loan in enumerate(loans) if loan is not None}
+    rest = [key for index, key in enumerate(keys) if index not in cut]
+    with Standby(promoter.transient, loans):  # the others may have to wait for room
+        others = iter(promoter.borrow(rest, deadline=deadline, min_quality=min_quality) if rest else ())
+    return [(loans[index] or _TAKEN) if index in cut else next(others) for index in range(len(keys))]
 
 
 def _leading(
     promoter: Promoter, keys: Sequence[bytes], level_max: int, deadline: float, min_quality: int
-) -> list[Loan | None]:
+) -> list[Loan | Miss | None]:
     """The cut chunks; None for one that is to be read whole, whether it is short or in any trouble."""
-    loans: list[Loan | None] = [None] * len(keys)
+    loans: list[Loan | Miss | None] = [None] * len(keys)
     left = set(range(len(keys)))
     if promoter.memory is not None:
         left = {index for index, held in enumerate(promoter.memory.sizes(keys)) if held is None}
     for tier in promoter.lower:
         found = {index: nbytes for index, nbytes in enumerate(tier.sizes(keys)) if nbytes is not None and index in left}
         left -= found.keys()
+        if holds_room(loans):
+            deadline = 0.0
         headers = _headers(promoter, tier, {index: (keys[index], nbytes) for index, nbytes in found.items()}, deadline)
         cut = {
             index: up_to_level(header, level_max)

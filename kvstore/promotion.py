@@ -11,18 +11,19 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 from kvstore import container
 from kvstore.container import Header
 from kvstore.counters import Counters
 from kvstore.errors import ContainerError, TierError
 from kvstore.event_log import EventLog
-from kvstore.loan import Loan, TransientBuffer, TransientPool
+from kvstore.loan import Loan, Standby, TransientBuffer, TransientPool, holds_room, release_transient
 from kvstore.outcome import Miss, PutStatus, Reason
 from kvstore.pins import Pins
+from kvstore.places import Flight, Place, Wanted, wanted_from
 from kvstore.promotion_gate import PromotionGate
-from kvstore.tier import IO_ALIGN, ReadItem, Slot, SupportsLease, Tier
+from kvstore.tier import IO_ALIGN, ReadItem, SupportsLease, Tier
 
 _log = logging.getLogger(__name__)
 
@@ -34,79 +35,6 @@ HEAD_READ_BYTES = 16 * 1024
 """First read of a chunk whose header is wanted before the rest; a longer header takes a second read."""
 
 LATE = Miss(Reason.DEADLINE, "not loaded by the deadline")
-
-
-class Flight:
-    """One chunk being read by one thread, which waits for no consumer. `miss` is set if it could not be."""
-
-    __slots__ = ("done", "miss")
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.miss: Miss | None = None
-
-
-class Place:
-    """Where a chunk is read to: a slot in the memory tier, or a transient buffer when the tier has no room for it.
-
-    `tenant` is whose quota it counts against in the tier that it is written through to.
-    """
-
-    __slots__ = ("_buffer", "_slot", "_tier", "nbytes", "tenant")
-
-    def __init__(
-        self, tier: str, nbytes: int, slot: Slot | None, buffer: TransientBuffer | None, tenant: str = ""
-    ) -> None:
-        self._tier = tier
-        self.tenant = tenant
-        self._slot = slot
-        self._buffer = buffer
-        self.nbytes = nbytes
-
-    @property
-    def view(self) -> memoryview:
-        """Writable bytes of the chunk's size."""
-        return self._holder.view
-
-    @property
-    def padded(self) -> memoryview:
-        """`view` and its padding, for direct I/O."""
-        return self._holder.padded
-
-    def publish(self, nbytes: int | None = None) -> Loan:
-        """Make the first `nbytes` (default all) a loan, visible to other readers if they are in a slot."""
-        nbytes = self.nbytes if nbytes is None else nbytes
-        if self._slot is not None:
-            lease = self._slot.commit(nbytes)
-            return Loan(lease.view, self._tier, lease, lease.offset)
-        buffer = cast(TransientBuffer, self._buffer)
-        return Loan(buffer.view[:nbytes], self._tier, buffer)
-
-    def abort(self) -> None:
-        """Give the place back unpublished."""
-        if self._slot is not None:
-            self._slot.abort()
-        else:
-            cast(TransientBuffer, self._buffer).release()
-
-    @property
-    def _holder(self) -> Slot | TransientBuffer:
-        return self._slot if self._slot is not None else cast(TransientBuffer, self._buffer)
-
-
-class Wanted(NamedTuple):
-    """A chunk of a lower tier for which a place is wanted, the chunk before it, and whose quota it counts against."""
-
-    key: bytes
-    nbytes: int
-    parent: bytes
-    tenant: str = ""
-
-
-def wanted_from(tier: Tier, keys: Sequence[bytes]) -> list[Wanted | None]:
-    """The chunks as a tier has them, None where it has none."""
-    chunks = zip(keys, tier.sizes(keys), tier.parents(keys), tier.tenants(keys), strict=True)
-    return [None if nbytes is None else Wanted(key, nbytes, parent, whose) for key, nbytes, parent, whose in chunks]
 
 
 class Promoter:
@@ -188,7 +116,8 @@ class Promoter:
             for index, outcome in enumerate(outcomes):
                 if isinstance(outcome, Loan) and (poor := self._poor_bytes(outcome.view, min_quality)) is not None:
                     outcome.release()
-                    outcomes[index] = self._better(keys[index], min_quality, deadline) or poor
+                    room_deadline = 0.0 if holds_room(outcomes) else deadline
+                    outcomes[index] = self._better(keys[index], min_quality, room_deadline) or poor
         return outcomes
 
     def _borrow(self, keys: Sequence[bytes], deadline: float, *, promote: bool) -> list[Loan | Miss]:
@@ -197,6 +126,7 @@ class Promoter:
         rounds = 0
         while todo and rounds < ROUNDS_MAX:
             rounds += 1
+            todo += release_transient(results)  # room is only waited for by who holds none
             lead: list[int] = []
             wait: list[tuple[int, Flight]] = []
             for index in todo:
@@ -208,17 +138,19 @@ class Promoter:
                 loaded = self._load([keys[i] for i in lead], deadline, promote=promote)
                 for index, outcome in zip(lead, loaded, strict=True):
                     results[index] = outcome
-            todo = []
-            for index, flight in wait:
-                if not flight.done.wait(max(0.0, deadline - time.monotonic())):
-                    results[index] = LATE
-                elif flight.miss is None:
-                    todo.append(index)
-                elif flight.miss.reason == Reason.LOW_QUALITY and time.monotonic() < deadline:
-                    todo.append(index)  # not good enough for whoever led the flight; no sign of evictions
-                    rounds = 0
-                else:
-                    results[index] = flight.miss
+            if not wait:
+                break
+            patient = False
+            with Standby(self.transient, results):  # whose flights these are may be waiting for room
+                for index, flight in wait:
+                    miss = flight.miss if flight.done.wait(max(0.0, deadline - time.monotonic())) else LATE
+                    if miss is not None and miss.reason == Reason.LOW_QUALITY and time.monotonic() < deadline:
+                        patient = True  # not good enough for whoever led the flight; no sign of evictions
+                    else:
+                        results[index] = miss
+            todo = [index for index, result in enumerate(results) if result is None]
+            if patient or not set(todo) <= {index for index, _ in wait}:  # the rest went to who waited for room
+                rounds = 0
         busy = Miss(Reason.BUSY, "evicted again and again before it could be leased")
         return [busy if result is None else result for result in results]
 
@@ -308,14 +240,17 @@ class Promoter:
         except ContainerError as error:
             return Miss(error.reason, error.detail)
 
-    def _better(self, key: bytes, min_quality: int, deadline: float) -> Loan | None:
+    def _better(self, key: bytes, min_quality: int, room_deadline: float) -> Loan | Miss | None:
         """A chunk that memory has too poor, from the first lower tier that has it better; transient, for the key is
-        taken in memory.
+        taken in memory. A miss if there is no room for it.
         """
         for tier in self.lower:
             (nbytes,) = tier.sizes([key])
-            if nbytes is None or (buffer := self.transient.take(nbytes, deadline=deadline)) is None:
+            if nbytes is None:
                 continue
+            buffer = self.transient.take(nbytes, deadline=room_deadline)
+            if buffer is None:
+                return Miss(Reason.FULL, f"no room for {nbytes} bytes beside what memory has in poorer quality")
             loan: Loan | None = None
             try:
                 head = min(nbytes, HEAD_READ_BYTES)
@@ -351,7 +286,8 @@ class Promoter:
             for tier in self.lower:
                 wanted = [key for key, result in results.items() if isinstance(result, Miss)]
                 if wanted:
-                    results.update(self._load_from(tier, wanted, deadline, promote=promote))
+                    room_deadline = 0.0 if holds_room(results.values()) else deadline
+                    results.update(self._load_from(tier, wanted, room_deadline, promote=promote))
             for key, result in results.items():
                 self.land(key, result if isinstance(result, Miss) else None)
                 landed.add(key)
@@ -360,11 +296,13 @@ class Promoter:
                 self.land(key, Miss(Reason.IO_ERROR, "the reader failed"))
         return [results[key] for key in keys]
 
-    def _load_from(self, tier: Tier, keys: list[bytes], deadline: float, *, promote: bool) -> dict[bytes, Loan | Miss]:
+    def _load_from(
+        self, tier: Tier, keys: list[bytes], room_deadline: float, *, promote: bool
+    ) -> dict[bytes, Loan | Miss]:
         results: dict[bytes, Loan | Miss] = {}
         places: dict[bytes, Place] = {}
         wanted = [chunk for chunk in wanted_from(tier, keys) if chunk is not None]
-        for chunk, place in zip(wanted, self.places(wanted, deadline=deadline, promote=promote), strict=True):
+        for chunk, place in zip(wanted, self.places(wanted, deadline=room_deadline, promote=promote), strict=True):
             if isinstance(place, Place):
                 places[chunk.key] = place
             else:

@@ -26,7 +26,8 @@ from kvstore.keys import ROOT
 from kvstore.loan import Loan, TransientPool
 from kvstore.movers import begin
 from kvstore.outcome import Miss, PutStatus, Reason
-from kvstore.promotion import Place, Promoter
+from kvstore.places import Place
+from kvstore.promotion import Promoter
 from kvstore.tier import PutItem, SupportsLease, Tier, tenant_of
 from kvstore.transcode import Transcoder
 

@@ -30,8 +30,9 @@ from kvstore.movers import Movers, borrow_by, done_by
 from kvstore.outcome import Lookup, Miss, PutStatus, Reason
 from kvstore.parking import Parking
 from kvstore.pins import Pins
+from kvstore.places import Place
 from kvstore.prefetching import Prefetcher
-from kvstore.promotion import Place, Promoter
+from kvstore.promotion import Promoter
 from kvstore.promotion_gate import open_gate
 from kvstore.putting import PendingPut, Putter
 from kvstore.store_settings import StoreSettings

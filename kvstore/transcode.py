@@ -34,7 +34,7 @@ AS_IS = "as_is"
 
 RAW = "raw"
 ROOM_SECONDS = 2.0
-"""How long a chunk on its way down waits for buffers; then it goes down as it is."""
+"""How long a chunk waits for buffers to be decoded into; on its way down it then stays as it is."""
 
 
 class Codecs(Protocol):
@@ -74,6 +74,9 @@ def parse_recipe(text: str, field: str, codecs: Codecs) -> Recipe | None:
         return Recipe(codec)
     if exact or not level.isdecimal() or int(level) >= gate.LEVELS_MAX:
         raise ConfigError(f"{field} is {text!r}; write CODEC, or CODEC@LEVEL with the level of a lossy codec")
+    levels = getattr(codecs.get(codec), "levels", 1)
+    if int(level) >= levels:
+        raise ConfigError(f"{field} is {text!r}; the highest level of {codec} is {levels - 1}")
     return Recipe(codec, int(level))
 
 
@@ -296,14 +299,14 @@ def _decoded(
     if codecs.is_exact(header.codec) is None:
         yield Step(step.index, Miss(Reason.UNKNOWN_CODEC, f"{header.codec!r} is not a codec of this store"))
         return
-    buffers: list[TransientBuffer] = []
+    sizes = [meta.spec.chunk_bytes(meta.tokens), encoded_bytes_max(raw, meta.spec, meta.tokens)]
+    # Not for long: the chunk itself, and others of its window, may take such room.
+    taken = transient.take_all(sizes, deadline=min(deadline, time.monotonic() + ROOM_SECONDS))
+    buffers = [buffer for buffer in taken if buffer is not None]
     try:
-        for nbytes in (meta.spec.chunk_bytes(meta.tokens), encoded_bytes_max(raw, meta.spec, meta.tokens)):
-            buffer = transient.take(nbytes, deadline=deadline)
-            if buffer is None:
-                yield Step(step.index, Miss(Reason.FULL, f"no room for {nbytes} bytes to decode into"))
-                return
-            buffers.append(buffer)
+        if len(buffers) < len(sizes):
+            yield Step(step.index, Miss(Reason.FULL, f"no room for {sum(sizes)} bytes to decode into"))
+            return
         scratch, target = buffers
         try:
             check_coverage(header)

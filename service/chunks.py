@@ -13,7 +13,7 @@ from kvstore.errors import ContainerError
 from kvstore.keys import ROOT
 from kvstore.loan import Loan
 from kvstore.outcome import Miss, PutStatus, Reason
-from kvstore.promotion import Place
+from kvstore.places import Place
 from kvstore.protocol import CHUNK_TYPE, FoundReply
 from kvstore.putting import PendingPut
 from kvstore.service.bodies import deadline_of, key_of, parent_of, remaining_ms

@@ -11,7 +11,7 @@ from aiohttp import web
 import kvstore
 from kvstore.keys import ROOT
 from kvstore.outcome import PutStatus, Reason
-from kvstore.promotion import Place
+from kvstore.places import Place
 from kvstore.protocol import (
     SESSION_HEADER,
     FlushReply,

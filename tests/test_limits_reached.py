@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from kvstore.config import ServiceConfig
 from kvstore.loan import Loan
 from kvstore.outcome import Miss, PutStatus, Reason
-from kvstore.promotion import Place
+from kvstore.places import Place
 from kvstore.store import Store
 from kvstore.store_settings import StoreSettings
 from kvstore.testing.chunks import sample_container, sample_key

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvstore.keys import ROOT
 from kvstore.loan import Loan, TransientPool
 from kvstore.outcome import Reason
-from kvstore.promotion import Place
+from kvstore.places import Place
 from kvstore.shedding import Demotion, WaitingList
 from kvstore.store import Store
 from kvstore.store_settings import StoreSettings

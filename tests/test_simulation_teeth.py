@@ -14,6 +14,7 @@ from kvstore.layer_fetching import LayerFetch
 from kvstore.promotion import Promoter
 from kvstore.putting import Putter
 from kvstore.store import Store
+from kvstore.testing import simulation_plan
 from kvstore.testing.simulation import simulate
 from kvstore.testing.simulation_plan import draw
 from kvstore.tiers import disk
@@ -97,6 +98,7 @@ def cancel_after_the_deletion(patch: Patch) -> None:
 
 
 def let_a_deleted_chunk_come_back(patch: Patch) -> None:
+    patch.setattr(simulation_plan, "DUELS", 1.0)  # elsewhere a read and a deletion of one chunk seldom meet
     patch.setattr(ChunkSpace, "is_doomed", lambda self, entry: False)
 
 

@@ -59,7 +59,9 @@ def test_recipes_are_written_as_codec_or_codec_and_level() -> None:
     assert parse_recipe("ladder@2", "f", registry) == Recipe("ladder", 2)
 
 
-@pytest.mark.parametrize("text", ["laddder", "ladder@", "ladder@x", "ladder@-1", "ladder@999", "lossless@1", "@2"])
+@pytest.mark.parametrize(
+    "text", ["laddder", "ladder@", "ladder@x", "ladder@-1", "ladder@4", "ladder@999", "int8@1", "lossless@1", "@2"]
+)
 def test_a_wrong_recipe_is_an_error_that_names_the_field(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^tiers\.nvme\.codec is "):
         parse_recipe(text, "tiers.nvme.codec", registry)

@@ -9,7 +9,7 @@ from kvstore.arguments import deadline_at
 from kvstore.fetching import Step
 from kvstore.loan import Loan
 from kvstore.outcome import PutStatus
-from kvstore.promotion import Place
+from kvstore.places import Place
 from kvstore.store import Store
 from kvstore.testing.simulation_oracle import InvariantError, Oracle, number
 from kvstore.testing.simulation_plan import Chunk, Op, chunks

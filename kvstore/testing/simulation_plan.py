@@ -149,8 +149,35 @@ RATES: tuple[dict[str, float], ...] = (
 """Devices from good to bad; half of the lives have a good one."""
 
 
+DUELS = 0.1
+"""Share of plans in which few clients fight for one chain that lies on the disk alone, so that their calls meet."""
+
+
 def draw(seed: int) -> Plan:
     """The plan of a seed."""
+    plan = _draw(seed)
+    rng = random.Random(f"duel {seed}")
+    return msgspec.structs.replace(plan, lives=_draw_duel(rng)) if rng.random() < DUELS else plan
+
+
+def _draw_duel(rng: random.Random) -> tuple[LifePlan, ...]:
+    """A life that stores a chain and is closed, and one whose clients read, delete and put that chain at once."""
+    first = rng.randrange(CHAINS) * CHAIN_CHUNKS
+    chain = tuple(range(first, first + CHAIN_CHUNKS))
+    clients = tuple(
+        tuple(
+            msgspec.structs.replace(
+                _draw_op(rng, ["put", "fetch", "delete", "prefetch"]), chunks=chain[: rng.randint(1, 4)]
+            )
+            for _ in range(rng.randint(1, 3))
+        )
+        for _ in range(rng.randint(2, 3))
+    )
+    store = LifePlan(clients=((Op("put", chain, durable=True),),), ending="close", crash_step=0)
+    return store, LifePlan(clients=clients, ending="close", crash_step=0)
+
+
+def _draw(seed: int) -> Plan:
     rng = random.Random(seed)
     return Plan(
         seed=seed,
