@@ -120,6 +120,9 @@ def main(argv: Sequence[str]) -> int:
         if arguments.suite not in PLOTS:
             parser.error(f"--plot is for the suites {' and '.join(PLOTS)}")
         codec_plot.check(arguments.plot)
+    for flag, target in (("--json", arguments.json if arguments.json != "-" else None), ("--plot", arguments.plot)):
+        if target and (Path(target).is_dir() or not Path(target).absolute().parent.is_dir()):
+            parser.error(f"{flag} {target}: name a file in a directory that exists")
     modules = ENGINES[arguments.engine] if arguments.engine else SUITES[arguments.suite][0]
     metrics: dict[str, float] = {}
     if arguments.dir and not Path(arguments.dir).is_dir():

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kvstore.codecs.cachegen_fit import Meter
 from kvstore.codecs.ladder_fit import Grouping, Moments, TableCounter, fit_transforms
@@ -112,12 +112,26 @@ def calibrate_path(
         ConfigError: a path cannot be read, or there is too little text.
         UnsupportedModelError: see `calibrate`.
     """
+    if not (Path(model_path) / "config.json").is_file():
+        raise ConfigError(f"--model {model_path} is not a directory with a transformers model (it has no config.json)")
+    tokenizer = _loaded(AutoTokenizer, model_path)
+    layers = _loaded(AutoConfig, model_path).get_text_config().num_hidden_layers
+    Grouping.parse(grouping, layers)
+    windows = list(text_windows(tokenizer, texts, tokens))
+    if len(windows) < HELD_BACK_ONE_IN:  # said before a large model is loaded
+        raise ConfigError(
+            f"--text gives {sum(map(len, windows))} tokens and --tokens allows {tokens}; "
+            f"give at least {HELD_BACK_ONE_IN * WINDOW_TOKENS} of both"
+        )
+    model = _loaded(AutoModelForCausalLM, model_path)
+    return calibrate(model.eval(), windows, grouping, report=report)
+
+
+def _loaded(kind: Any, model_path: str | Path) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
-        model: Any = AutoModelForCausalLM.from_pretrained(model_path, local_files_only=True)
+        return kind.from_pretrained(model_path, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--model {model_path}: {str(error).splitlines()[0]}") from error
-    return calibrate(model.eval(), list(text_windows(tokenizer, texts, tokens)), grouping, report=report)
+        raise ConfigError(f"--model {model_path}: {' '.join(str(error).split())[:300]}") from error
 
 
 def text_windows(tokenizer: Any, texts: Sequence[str | Path], tokens: int) -> Iterator[torch.Tensor]:

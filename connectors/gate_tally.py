@@ -8,7 +8,8 @@ import msgspec
 import torch
 
 from kvstore.connectors.gate_trials import Trial
-from kvstore.gate import Metrics, number
+from kvstore.gate import Metrics
+from kvstore.gate_limits import number
 
 _BLOCK_ELEMENTS = 1 << 22
 """Distributions are compared in double precision, so many probabilities at a time."""

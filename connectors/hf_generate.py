@@ -104,6 +104,14 @@ class GenerateSettings:
         return {int(ends)} if isinstance(ends, int) else {int(end) for end in ends}
 
 
+def one_prompt(input_ids: torch.Tensor) -> Ids:
+    """The token ids of one prompt, (1, tokens). Raises SpecError."""
+    rows = prompt_rows(input_ids, torch.ones_like(input_ids))
+    if len(rows) != 1:
+        raise SpecError(f"prefill takes one prompt, got {len(rows)}; use generate for a batch")
+    return rows[0]
+
+
 def prompt_rows(input_ids: torch.Tensor, mask: torch.Tensor) -> list[Ids]:
     """The token ids of each prompt without its padding.
 

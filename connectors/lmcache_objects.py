@@ -15,38 +15,24 @@ Imports nothing of LMCache.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Sequence
 from typing import cast
 
 import msgspec
 import numpy as np
 
-from kvstore import kernels
 from kvstore.chunk import check_coverage
 from kvstore.chunk_put import chunk_put
 from kvstore.client import Client, Part, PutChunk
 from kvstore.codec import Codec
 from kvstore.codecs import registry
-from kvstore.connectors.objects import fetch_objects, put_objects
-from kvstore.container import (
-    FLAG_FROM_LOSSY,
-    PART_KV,
-    ChunkMeta,
-    ContainerWriter,
-    Header,
-    container_bytes_max,
-    expect,
-    segment_label,
-)
+from kvstore.connectors.objects import check_lease, fetch_objects, milliseconds_until, put_objects
+from kvstore.connectors.opaque import NO_KV, put_opaque, read_opaque
+from kvstore.container import FLAG_FROM_LOSSY, ChunkMeta, expect
 from kvstore.errors import CodecError, ConfigError, ContainerError, SpecError
 from kvstore.outcome import Miss, PutStatus, Reason
 from kvstore.spec import ITEMSIZE, DType, KVArrays, KVSpec, Rope, fingerprint
 
-OPAQUE = "opaque"
-"""Codec id of a container whose one segment is bytes of unknown meaning."""
-
-_NO_KV = KVSpec(layers=1, kv_heads=1, key_dim=1, value_dim=1, dtype="float32", rope=Rope(kind="none"))
 _DOMAIN = b"kvstore-lmcache-1\0"
 _DTYPES: dict[str, DType] = {
     "float8_e4m3fn": "float8_e4m3",
@@ -151,7 +137,7 @@ class LMCacheObjects:
         A view whose object missed holds unspecified bytes. What is stored under the name and cannot be served, now or
         later, is deleted, so that the next store replaces it.
         """
-        remaining_ms = _milliseconds_until(deadline)
+        remaining_ms = milliseconds_until(deadline)
         if remaining_ms <= 0:
             return [Miss(Reason.DEADLINE, "not read by the deadline")] * len(objects)
         keys = [self.key(item.name) for item in objects]
@@ -185,7 +171,7 @@ class LMCacheObjects:
 
     def _meta(self, item: LMCacheObject) -> ChunkMeta:
         """What the container of an object says; the fingerprint has the model's name and what the bytes are."""
-        spec, tokens = (_NO_KV, 1) if item.geometry is None else (item.geometry.spec, item.geometry.tokens)
+        spec, tokens = (NO_KV, 1) if item.geometry is None else (item.geometry.spec, item.geometry.tokens)
         settings = {"opaque_bytes": len(item.view) if item.geometry is None else 0}
         model = self._digest(b"model", item.name.partition("@")[0])
         return ChunkMeta(
@@ -200,8 +186,7 @@ class LMCacheObjects:
                 return chunk_put(self._codec, meta, lambda: arrays)
             except CodecError:  # a geometry that this codec does not serve
                 return chunk_put(registry.get("raw"), meta, lambda: arrays)
-        nbytes_max = container_bytes_max(meta.spec, [(0, len(item.view))])
-        return PutChunk(meta.key, nbytes_max, lambda buffer: _write_opaque(meta, item.view, buffer))
+        return put_opaque(meta, (item.view,))
 
     def _decode(self, part: Part, item: LMCacheObject, key: bytes) -> None:
         """Fill an object's view from one part. Raises ContainerError with the reason."""
@@ -213,7 +198,7 @@ class LMCacheObjects:
         if header.meta.tokens != meta.tokens or header.meta.flags & FLAG_FROM_LOSSY:
             raise ContainerError(Reason.MALFORMED, "the container is of another size, or not exact")
         if item.geometry is None:
-            _read_opaque(header, part, item.view)
+            read_opaque(part, (item.view,))
         else:
             codec = registry.get(header.codec, header.profile)
             if not codec.exact or len(part.groups) != len(header.groups()):
@@ -222,12 +207,7 @@ class LMCacheObjects:
             arrays = item.geometry.arrays(item.view)
             for group in part.groups:
                 codec.decode(group, arrays, meta.spec)
-        if time.monotonic() > part.expires_at:
-            raise ContainerError(Reason.DEADLINE, "the lease on the chunk's bytes expired while they were read")
-
-
-def _milliseconds_until(deadline: float) -> float:
-    return (deadline - time.monotonic()) * 1e3
+        check_lease(part)
 
 
 def _exact_codec(codec_id: str) -> Codec:
@@ -245,21 +225,3 @@ def _exact_codec(codec_id: str) -> Codec:
 def _wished_codec(codec_id: str) -> Codec:
     """The codec that the store asks writers for, if it is exact; else raw."""
     return registry.get(codec_id if codec_id and registry.is_exact(codec_id) else "raw")
-
-
-def _write_opaque(meta: ChunkMeta, source: memoryview, buffer: memoryview) -> int:
-    writer = ContainerWriter(buffer, meta, codec=OPAQUE, segment_count=1)
-    xxh3 = kernels.copy_xxh3(writer.tail(0)[: len(source)], source)
-    writer.commit(level=0, part=PART_KV, layers=(0, 1), nbytes=len(source), xxh3=xxh3)
-    return writer.finish()
-
-
-def _read_opaque(header: Header, part: Part, target: memoryview) -> None:
-    """Copy the one segment of an opaque container, hashing on the way. Raises ContainerError."""
-    if header.codec != OPAQUE or len(part.groups) != 1 or len(part.groups[0]) != 1:
-        raise ContainerError(Reason.MALFORMED, f"an opaque object has one segment of codec id {OPAQUE}")
-    segment, data = part.groups[0][0]
-    if not len(data) == segment.length == len(target):
-        raise ContainerError(Reason.MALFORMED, f"the object has {segment.length} bytes; {len(target)} were asked for")
-    if kernels.copy_xxh3(target, data) != segment.xxh3:
-        raise ContainerError(Reason.CORRUPT, segment_label(segment))

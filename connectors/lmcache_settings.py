@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from kvstore.config import unknown_name
 from kvstore.connect import connect
 from kvstore.connectors.lmcache_objects import LMCacheObjects
+from kvstore.connectors.reading_settings import read_struct
 from kvstore.errors import ConfigError
 
 
@@ -46,17 +46,7 @@ class LMCacheSettings(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def of(cls, params: Mapping[str, Any]) -> LMCacheSettings:
         """Settings from LMCache's dictionary. Raises ConfigError naming the parameter and the remedy."""
-        for name in params:
-            if name not in cls.__struct_fields__:
-                raise unknown_name("parameter", f"adapter_params.{name}", cls.__struct_fields__)
-        if "url" not in params:
-            raise ConfigError("adapter_params.url is missing; give the store, e.g. unix:/run/kvstore.sock")
-        try:
-            return msgspec.convert(dict(params), cls)
-        except msgspec.ValidationError as error:
-            if isinstance(error.__cause__, ConfigError):
-                raise error.__cause__ from error
-            raise ConfigError(f"adapter_params: {error}") from error
+        return read_struct(cls, params, "adapter_params")
 
     def open(self) -> LMCacheObjects:
         """Connect to the store.

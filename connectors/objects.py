@@ -34,14 +34,14 @@ def put_objects(
     statuses = [PutStatus(stored=False, reason=Reason.DEADLINE, detail="not begun by the deadline")] * count
     waiting = list(range(count))
     fruitless = 0
-    while waiting and fruitless <= FRUITLESS_PUTS_MAX and (remaining_ms := _milliseconds_until(deadline)) > 0:
+    while waiting and fruitless <= FRUITLESS_PUTS_MAX and (remaining_ms := milliseconds_until(deadline)) > 0:
         answers = client.put([chunk(index) for index in waiting], durable=durable, deadline_ms=remaining_ms)
         for index, status in zip(waiting, answers, strict=True):
             statuses[index] = status
         refused = [index for index in waiting if statuses[index].reason in _ROOM_LATER]
         fruitless = fruitless + 1 if len(refused) == len(waiting) else 0
         waiting = refused
-        if waiting and not client.flush(deadline_ms=max(0.0, _milliseconds_until(deadline))):
+        if waiting and not client.flush(deadline_ms=milliseconds_until(deadline)):
             break
     return statuses
 
@@ -77,5 +77,12 @@ def fetch_objects(
     return misses
 
 
-def _milliseconds_until(deadline: float) -> float:
-    return (deadline - time.monotonic()) * 1e3
+def check_lease(part: Part) -> None:
+    """Raise ContainerError if the right to read a part's bytes has ended: what was read may be anything."""
+    if time.monotonic() > part.expires_at:
+        raise ContainerError(Reason.DEADLINE, "the lease on the chunk's bytes expired while they were read")
+
+
+def milliseconds_until(deadline: float) -> float:
+    """What is left until `deadline`, in time.monotonic seconds; 0 if it has passed."""
+    return max(0.0, deadline - time.monotonic()) * 1e3

@@ -11,26 +11,15 @@ import time
 from collections.abc import Sequence
 
 import msgspec
-import numpy as np
 
-from kvstore import kernels
-from kvstore.client import Client, Part, PutChunk
-from kvstore.connectors.lmcache_objects import OPAQUE
-from kvstore.connectors.objects import fetch_objects, put_objects
-from kvstore.container import (
-    PART_KV,
-    ChunkMeta,
-    ContainerWriter,
-    container_bytes_max,
-    expect,
-    segment_label,
-)
+from kvstore.client import Client, Part
+from kvstore.connectors.objects import check_lease, fetch_objects, put_objects
+from kvstore.connectors.opaque import NO_KV, put_opaque, read_opaque
+from kvstore.container import ChunkMeta, expect
 from kvstore.errors import ContainerError
 from kvstore.keys import encode_extras
 from kvstore.outcome import Miss, PutStatus, Reason
-from kvstore.spec import Bits, KVSpec, Rope, fingerprint
-
-_NO_KV = KVSpec(layers=1, kv_heads=1, key_dim=1, value_dim=1, dtype="float32", rope=Rope(kind="none"))
+from kvstore.spec import fingerprint
 
 Spans = tuple[memoryview, ...]
 
@@ -74,7 +63,7 @@ class OpaquePages:
         return put_objects(
             self.client,
             len(pages),
-            lambda index: self._put(pages[index]),
+            lambda index: put_opaque(self._meta(pages[index]), pages[index].spans),
             durable=self.durable,
             deadline=time.monotonic() + deadline_ms / 1e3,
         )
@@ -99,19 +88,8 @@ class OpaquePages:
         return [info is not None for info in self.client.head([self.key(name) for name in names])]
 
     def _meta(self, page: Page) -> ChunkMeta:
-        identity = fingerprint(_NO_KV, self._identity, settings={"opaque_bytes": page.nbytes})
-        return ChunkMeta(fingerprint=identity, key=self.key(page.name), spec=_NO_KV, tokens=1)
-
-    def _put(self, page: Page) -> PutChunk:
-        meta, nbytes = self._meta(page), page.nbytes
-
-        def write(buffer: memoryview) -> int:
-            writer = ContainerWriter(buffer, meta, codec=OPAQUE, segment_count=1)
-            xxh3 = kernels.gather_xxh3(writer.tail(0)[:nbytes], _arrays(page.spans))
-            writer.commit(level=0, part=PART_KV, layers=(0, 1), nbytes=nbytes, xxh3=xxh3)
-            return writer.finish()
-
-        return PutChunk(meta.key, container_bytes_max(meta.spec, [(0, nbytes)]), write)
+        identity = fingerprint(NO_KV, self._identity, settings={"opaque_bytes": page.nbytes})
+        return ChunkMeta(fingerprint=identity, key=self.key(page.name), spec=NO_KV, tokens=1)
 
     def _read(self, part: Part, page: Page) -> None:
         """Fill a page from one part. Raises ContainerError with the reason."""
@@ -119,16 +97,5 @@ class OpaquePages:
             raise ContainerError(Reason.MALFORMED, "the store answered a chunk without its header")
         meta = self._meta(page)
         expect(part.header, key=meta.key, fingerprint=meta.fingerprint)
-        if part.header.codec != OPAQUE or len(part.groups) != 1 or len(part.groups[0]) != 1:
-            raise ContainerError(Reason.MALFORMED, f"a page has one segment of codec id {OPAQUE}")
-        segment, data = part.groups[0][0]
-        if not len(data) == segment.length == page.nbytes:
-            raise ContainerError(Reason.MALFORMED, f"the page has {segment.length} bytes; {page.nbytes} are wanted")
-        if kernels.scatter_xxh3(_arrays(page.spans), data) != segment.xxh3:
-            raise ContainerError(Reason.CORRUPT, segment_label(segment))
-        if time.monotonic() > part.expires_at:
-            raise ContainerError(Reason.DEADLINE, "the lease on the chunk's bytes expired while they were read")
-
-
-def _arrays(spans: Spans) -> list[Bits]:
-    return [np.frombuffer(span, dtype=np.uint8).reshape(1, 1, -1) for span in spans]
+        read_opaque(part, page.spans)
+        check_lease(part)

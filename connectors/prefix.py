@@ -20,7 +20,9 @@ from kvstore.codec import Codec
 from kvstore.codecs import registry
 from kvstore.connector import KVMemory, Loaded, Stored
 from kvstore.connectors.filling import fill
+from kvstore.connectors.objects import check_lease
 from kvstore.connectors.prefix_levels import LevelShares
+from kvstore.connectors.store_errors import one_line, unavailable
 from kvstore.container import (
     FLAG_CONTENT_KEY,
     FLAG_FROM_LOSSY,
@@ -194,7 +196,7 @@ class PrefixStore:
                     detail = status.detail or detail
         except Exception as error:  # whatever goes wrong with the store must not reach the engine
             failures[Reason.UNAVAILABLE] += len(puts)
-            chunks, existed, detail = 0, 0, _describe(error)
+            chunks, existed, detail = 0, 0, one_line(error)
         return Stored(
             chunks=chunks,
             existed=existed,
@@ -207,7 +209,7 @@ class PrefixStore:
         try:
             return self.client.lookup(wanted)
         except Exception as error:  # whatever goes wrong with the store must not reach the engine
-            return Lookup((), Miss(Reason.UNAVAILABLE, _describe(error)))
+            return Lookup((), unavailable(error))
 
     def _candidates(self, found: Lookup) -> list[Candidate]:
         """What could be loaded. A store that does not tell sizes is taken to hold chunks of the largest."""
@@ -252,7 +254,7 @@ class PrefixStore:
                 decode=self._decode_in_store,
             )
         except Exception as error:  # whatever goes wrong with the store must not reach the engine
-            return 0, Miss(Reason.UNAVAILABLE, _describe(error))
+            return 0, unavailable(error)
         try:
             nbytes, miss = self._take(parts, keys, memory, control, batch, first, now_ms)
             if miss is not None and miss.reason == Reason.UNGATED and max_quality is not None:
@@ -296,7 +298,7 @@ class PrefixStore:
         except ContainerError as error:
             return nbytes, Miss(error.reason, error.detail)
         except Exception as error:  # whatever goes wrong with the store must not reach the engine
-            return nbytes, Miss(Reason.UNAVAILABLE, _describe(error))
+            return nbytes, unavailable(error)
         return nbytes, Miss(Reason.UNAVAILABLE, f"the store answered {good} of {len(keys)} chunks")
 
     def _decode(self, part: Part, index: int, key: bytes, memory: KVMemory, first: int) -> Header:
@@ -320,8 +322,7 @@ class PrefixStore:
             raise ContainerError(Reason.UNGATED, verdict.reason)
         check_coverage(header)
         on_device = fill(codec, part.groups, memory, start, meta)
-        if time.monotonic() > part.expires_at:
-            raise ContainerError(Reason.DEADLINE, "the lease on the chunk's bytes expired while they were read")
+        check_lease(part)
         if not on_device:
             memory.commit(start, start + meta.tokens)
         return header
@@ -373,7 +374,3 @@ def _misses(first: int, stop: int, miss: Miss) -> dict[int, Miss]:
     """A reason for each chunk from `first` on: `miss` for that one, a hole in the prefix for those behind it."""
     behind = Miss(Reason.PARENT_ABSENT, f"chunk {first} is missing: {miss.reason}")
     return {index: miss if index == first else behind for index in range(first, stop)}
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

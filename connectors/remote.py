@@ -8,13 +8,14 @@ refused with the reason, and after a short back-off the next call tries again.
 from __future__ import annotations
 
 import http.client
+import math
 import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import msgspec
 
-from kvstore.arguments import check_fetch, check_keys, check_owner, check_pin, check_place, deadline_at
+from kvstore.arguments import check_fetch, check_keys, check_owner, check_pin, check_place, check_room, deadline_at
 from kvstore.client import PLAN_DEFAULT, ChunkInfo, Client, Order, Part, PutChunk
 from kvstore.connectors.remote_events import RemoteEvents
 from kvstore.connectors.remote_http import Connection, UnreachableError, unreachable
@@ -82,12 +83,12 @@ class RemoteClient(Client):
         """Store chunks: through the session's staging memory if there is one, else one request each."""
         for chunk in chunks:
             check_place(chunk.key, chunk.parent)
+            check_room(chunk.nbytes_max)
         deadline = deadline_at(deadline_ms)
         return RemotePut(self._link, chunks, durable=durable, deadline=deadline).run() if chunks else []
 
     def lookup(self, keys: Sequence[bytes]) -> Lookup:
         """Longest prefix; empty, with the reason, if the daemon does not answer."""
-        check_keys(keys)
         try:
             return self._link.ask("lookup", PromptRequest(keys=_hex(keys)), Lookup, keys=len(keys))
         except UnreachableError as error:
@@ -104,7 +105,6 @@ class RemoteClient(Client):
         decode: bool = False,
     ) -> Iterator[Part]:
         """Iterate over the chunks' parts; what the daemon does not deliver misses."""
-        check_keys(keys)
         check_fetch(order, min_quality, max_quality, decode=decode)
         request = FetchRequest(
             keys=_hex(keys), order=order, min_quality=min_quality, max_quality=max_quality, decode=decode
@@ -113,7 +113,6 @@ class RemoteClient(Client):
 
     def head(self, keys: Sequence[bytes]) -> list[ChunkInfo | None]:
         """Size and tiers of each chunk."""
-        check_keys(keys)
         try:
             reply = self._link.ask("head", KeysRequest(keys=_hex(keys)), HeadReply, keys=len(keys))
             entries = counted(reply.chunks, len(keys))
@@ -123,7 +122,6 @@ class RemoteClient(Client):
 
     def explain(self, keys: Sequence[bytes]) -> list[Explanation]:
         """Where each chunk is, or why it is nowhere."""
-        check_keys(keys)
         try:
             reply = self._link.ask("explain", PromptRequest(keys=_hex(keys)), ExplainReply, keys=len(keys))
             entries = counted(reply.chunks, len(keys))
@@ -150,10 +148,9 @@ class RemoteClient(Client):
         self, keys: Sequence[bytes], *, priority: int = 0, deadline_ms: float | None = None
     ) -> list[PutStatus]:
         """Ask for promotion and return at once."""
-        deadline_at(deadline_ms)
-        return self._moved(
-            "prefetch", keys, PrefetchRequest(keys=_hex(keys), priority=priority, deadline_ms=deadline_ms)
-        )
+        deadline = deadline_at(deadline_ms)
+        body = PrefetchRequest(keys=_hex(keys), priority=priority, deadline_ms=_remaining_ms(deadline))
+        return self._moved("prefetch", keys, body)
 
     def cancel(self, keys: Sequence[bytes]) -> list[bool]:
         """Take back what was asked for with `prefetch`."""
@@ -219,7 +216,8 @@ class RemoteClient(Client):
     ) -> EventStream:
         """What enters and leaves the daemon's tiers."""
         EventFilter(tiers, kinds)
-        return RemoteEvents(self._link, after=after, tiers=tiers, kinds=kinds, deadline=deadline_at(deadline_ms))
+        deadline = deadline_at(deadline_ms, longest_ms=math.inf)
+        return RemoteEvents(self._link, after=after, tiers=tiers, kinds=kinds, deadline=deadline)
 
     def flush(self, *, deadline_ms: float | None = None) -> bool:
         """Wait until everything put so far is durable."""
@@ -241,7 +239,6 @@ class RemoteClient(Client):
     def _moved(
         self, verb: str, keys: Sequence[bytes], body: msgspec.Struct, deadline: float | None = None
     ) -> list[PutStatus]:
-        check_keys(keys)
         try:
             reply = self._link.ask(verb, body, StatusesReply, deadline=deadline, keys=len(keys))
             return counted(reply.statuses, len(keys))
@@ -249,7 +246,6 @@ class RemoteClient(Client):
             return [PutStatus(stored=False, reason=error.miss.reason, detail=error.miss.detail)] * len(keys)
 
     def _found(self, verb: str, keys: Sequence[bytes], body: msgspec.Struct) -> list[bool]:
-        check_keys(keys)
         try:
             return counted(self._link.ask(verb, body, FoundReply, keys=len(keys)).found, len(keys))
         except UnreachableError:
@@ -313,6 +309,7 @@ class RemoteClient(Client):
 
 
 def _hex(keys: Sequence[bytes]) -> list[str]:
+    check_keys(keys)
     return [key.hex() for key in keys]
 
 

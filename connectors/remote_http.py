@@ -194,7 +194,8 @@ class Pool:
             self._headers[TENANT_HEADER] = address.tenant
         self._lock = threading.Lock()
         self._idle: list[Connection] = []
-        self._slots = threading.BoundedSemaphore(CONNECTIONS_MAX)
+        # Not a bounded one: see start_again_in_child.
+        self._slots = threading.Semaphore(CONNECTIONS_MAX)
         self._closed = False
 
     def open(
@@ -261,6 +262,15 @@ class Pool:
         """Close a connection that is in the middle of something."""
         connection.close()
         self._slots.release()
+
+    def start_again_in_child(self) -> None:
+        """Let go of the connections of the process that this one was forked from, without ending them."""
+        self._lock = threading.Lock()
+        # What was under way when the process forked may still be dropped here, and counts for nothing then.
+        self._slots = threading.Semaphore(CONNECTIONS_MAX)
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
 
     def close(self) -> None:
         """Close what is idle; connections in use are closed when their calls end."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.client
 import logging
+import os
 import threading
 import time
+import weakref
 from typing import TypeVar
 
 import msgspec
@@ -36,6 +38,8 @@ SILENCE_SECONDS = 1.0
 
 T = TypeVar("T")
 
+_links: weakref.WeakSet[Link] = weakref.WeakSet()
+
 
 class Link:
     """The way to one daemon, shared by threads.
@@ -59,6 +63,7 @@ class Link:
         self._down_until = 0.0
         self._backoff_seconds = BACKOFF_SECONDS_MIN
         self._closed = False
+        _links.add(self)
         try:
             deadline = time.monotonic() + timeout_seconds
             self.info = self._greet(deadline)
@@ -157,6 +162,18 @@ class Link:
             session.close()
         self.pool.close()
 
+    def start_again_in_child(self) -> None:
+        """Leave connections and session to the process that this one was forked from; two would mix up their answers.
+
+        Locks are made anew, because a thread that is not here may have held them.
+        """
+        self._opening = threading.Lock()
+        self.buffers = Buffers()
+        self.pool.start_again_in_child()
+        session, self._session = self._session, None
+        if session is not None:
+            session.leave_to_parent()
+
     def _open_session(self, deadline: float) -> None:
         if self._session is not None:
             self._session.close()
@@ -190,6 +207,8 @@ class Link:
                 raise ServiceUnavailableError(
                     f"no daemon answers at {url} ({cause}); start one: kvstore serve"
                 ) from error
+            if error.code:
+                raise ServiceError(f"the daemon at {url} refuses: {error.miss.detail}") from error
             raise ServiceError(f"what answers at {url} is not a kvstore daemon: {error.miss.detail}") from error
 
     def _note(self, error: UnreachableError, started: float) -> None:
@@ -214,3 +233,11 @@ def counted(answers: list[T], count: int) -> list[T]:
     if len(answers) != count:
         raise UnreachableError(Reason.UNAVAILABLE, f"the daemon answered {len(answers)} of {count} chunks")
     return answers
+
+
+def _after_fork() -> None:
+    for link in list(_links):
+        link.start_again_in_child()
+
+
+os.register_at_fork(after_in_child=_after_fork)

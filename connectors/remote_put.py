@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from kvstore.arguments import write_chunk
 from kvstore.client import PutChunk
 from kvstore.connectors.remote_http import UnreachableError
 from kvstore.connectors.remote_link import GRACE_SECONDS, Link, counted, decode
 from kvstore.connectors.remote_session import ClientSession
 from kvstore.container import align
-from kvstore.errors import ConfigError
-from kvstore.keys import KEY_BYTES
 from kvstore.outcome import PutStatus, Reason
 from kvstore.protocol import HeadReply, KeysRequest, PutEntry, PutRequest, StatusesReply
 from kvstore.tier import IO_ALIGN
@@ -27,15 +26,9 @@ class RemotePut:
         chunks: what to store; the caller's `write`s run in this thread.
         durable: whether to wait until they would survive kill -9.
         deadline: time.monotonic seconds.
-
-    Raises:
-        ConfigError: a chunk's parent key or size cannot be.
     """
 
     def __init__(self, link: Link, chunks: Sequence[PutChunk], *, durable: bool, deadline: float) -> None:
-        for chunk in chunks:
-            if len(chunk.parent) != KEY_BYTES or chunk.nbytes_max < 1:
-                raise ConfigError(f"chunk {chunk.key.hex()[:12]} has a bad parent key or nbytes_max {chunk.nbytes_max}")
         self._link = link
         self._chunks = chunks
         self._durable = durable
@@ -100,7 +93,7 @@ class RemotePut:
             chunk = self._chunks[index]
             if end + chunk.nbytes_max > len(session.staging):
                 break
-            nbytes = _write(chunk, session.staging[end : end + chunk.nbytes_max])
+            nbytes = write_chunk(chunk, session.staging[end : end + chunk.nbytes_max])
             entries.append(PutEntry(key=chunk.key.hex(), parent=chunk.parent.hex(), offset=end, nbytes=nbytes))
             end = align(end + nbytes, IO_ALIGN)
         body = PutRequest(chunks=entries, durable=self._durable, deadline_ms=self._remaining_ms())
@@ -129,7 +122,7 @@ class RemotePut:
             return _LATE
         buffer = self._link.buffers.take(chunk.nbytes_max)
         try:
-            return self._send(chunk, buffer[: _write(chunk, buffer[: chunk.nbytes_max])])
+            return self._send(chunk, buffer[: write_chunk(chunk, buffer[: chunk.nbytes_max])])
         finally:
             self._link.buffers.give(buffer)
 
@@ -144,13 +137,6 @@ class RemotePut:
 
     def _remaining_ms(self) -> float:
         return max(0.0, (self._deadline - time.monotonic()) * 1000)
-
-
-def _write(chunk: PutChunk, buffer: memoryview) -> int:
-    nbytes = chunk.write(buffer)
-    if not 0 < nbytes <= len(buffer):
-        raise ConfigError(f"write of chunk {chunk.key.hex()[:12]} answered {nbytes} bytes; nbytes_max is {len(buffer)}")
-    return nbytes
 
 
 def _refused(error: UnreachableError) -> PutStatus:

@@ -106,6 +106,12 @@ class ClientSession:
             if not self._readers:
                 self._socket.close()
 
+    def leave_to_parent(self) -> None:
+        """In a forked process: let go of the session, which its parent goes on with."""
+        self._lock = threading.Lock()
+        self._alive = False
+        self._socket.close()
+
     def _receive_hello(self) -> SessionHello:
         data, fds, _, _ = socket.recv_fds(self._socket, SESSION_MESSAGE_BYTES_MAX, 1)
         try:

@@ -25,9 +25,9 @@ import msgspec
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage  # type: ignore[import-not-found]
 
-from kvstore.config import unknown_name
 from kvstore.connect import connect
 from kvstore.connectors.pages import Page
+from kvstore.connectors.reading_settings import read_struct
 from kvstore.connectors.sglang_pages import SGLangPages
 from kvstore.errors import ConfigError
 
@@ -62,15 +62,7 @@ class SGLangSettings(msgspec.Struct, frozen=True, kw_only=True):
         params = (extra or {}).get("kvstore")
         if not isinstance(params, dict) or "url" not in params:
             raise ConfigError('the extra config needs "kvstore": {"url": ...}, e.g. unix:/run/kvstore.sock')
-        for name in params:
-            if name not in cls.__struct_fields__:
-                raise unknown_name("parameter", f"kvstore.{name}", cls.__struct_fields__)
-        try:
-            return msgspec.convert(params, cls)
-        except msgspec.ValidationError as error:
-            if isinstance(error.__cause__, ConfigError):
-                raise error.__cause__ from error
-            raise ConfigError(f"kvstore: {error}") from error
+        return read_struct(cls, params, "kvstore")
 
 
 class KVStoreHiCache(HiCacheStorage):  # type: ignore[misc]

@@ -22,7 +22,7 @@ from kvstore.client import Client
 from kvstore.codec import Codec
 from kvstore.codecs import registry
 from kvstore.connector import Loaded, ReuseReport, Stored
-from kvstore.connectors.hf_generate import HEADROOM_TOKENS, GenerateSettings, Ids, prompt_rows, run_generate
+from kvstore.connectors.hf_generate import HEADROOM_TOKENS, GenerateSettings, Ids, one_prompt, prompt_rows, run_generate
 from kvstore.connectors.hf_shared import identify_shared
 from kvstore.connectors.model_identity import identify
 from kvstore.connectors.prefix import (
@@ -35,7 +35,7 @@ from kvstore.connectors.prefix import (
 from kvstore.connectors.torch_kv import TorchKV
 from kvstore.connectors.weights import weights_signature
 from kvstore.cost import CostModel
-from kvstore.errors import CodecError, ContainerError, SpecError
+from kvstore.errors import CodecError, ContainerError
 from kvstore.keys import DEFAULT_CHUNK_TOKENS, ROOT, KeyScheme
 
 
@@ -137,12 +137,10 @@ class TransformersConnector:
             SpecError: `input_ids` is not one prompt of at least one token.
             UnsupportedModelError: the model has been changed into one that cannot be served.
         """
-        rows = prompt_rows(input_ids, torch.ones_like(input_ids))
-        if len(rows) != 1:
-            raise SpecError(f"prefill takes one prompt, got {len(rows)}; use generate for a batch")
+        ids = one_prompt(input_ids)
         prefixes = self._current()
-        memory = TorchKV.allocate(prefixes.spec, 1, len(rows[0]) + headroom, self.model.device)
-        turn = self._load(prefixes, rows[0], memory)
+        memory = TorchKV.allocate(prefixes.spec, 1, len(ids) + headroom, self.model.device)
+        turn = self._load(prefixes, ids, memory)
         cache = memory.cache(turn.reused)
         started = time.perf_counter()
         logits = self.model(

@@ -5,7 +5,7 @@ model, with that policy and no higher a ratio, and stayed within limits. KV from
 for the codec and level, because two errors add up in ways that neither shows alone; it also carries the error that the
 level leaves in each layer, which policies must not take for a change.
 
-`kvstore gate --blend` measures and writes records; they are kept like those of codecs (`kvstore.gate_records`), and are
+`kvstore gate --blend` measures and writes records; they are kept like those of codecs (`kvstore.record_files`), and are
 the same kind of statement.
 """
 
@@ -17,42 +17,25 @@ from typing import Annotated, Literal
 import msgspec
 
 from kvstore.codec import Codec
-from kvstore.errors import ConfigError
-from kvstore.gate import LEVELS_MAX, NOT_A_NUMBER, Coding, Verdict, describe
-
-_Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-_Name = Annotated[str, msgspec.Meta(max_length=128)]
-_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
-_Amount = Annotated[float, msgspec.Meta(ge=0, le=NOT_A_NUMBER)]
-_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+from kvstore.gate import LEVELS_MAX, Coding, Verdict, describe, verdict_of
+from kvstore.gate_limits import (
+    Amount,
+    AnswerLimits,
+    AnswerMetrics,
+    Count,
+    Digest,
+    Name,
+    Share,
+    judge_recall,
+    judge_tokens,
+)
 
 LAYERS_MAX = 4096
 RATIO_SLACK = 1e-9
 
 
-class BlendLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What blending may do to a model.
-
-    Attributes:
-        kl_max_nats: mean over tokens of KL(full prefill || blended) of the next token's distribution.
-        top1_agreement_min: share of tokens whose likeliest next token stays the same.
-        recall_drop_max_points: of the accuracy in percent of questions across documents; applies where it was measured.
-        scored_tokens_min: fewer tokens than this are no evidence.
-
-    Raises:
-        ConfigError: a limit is out of range.
-    """
-
-    kl_max_nats: float
-    top1_agreement_min: float
-    recall_drop_max_points: float
-    scored_tokens_min: int
-
-    def __post_init__(self) -> None:
-        for name in self.__struct_fields__:
-            high = 1.0 if name == "top1_agreement_min" else NOT_A_NUMBER / 10
-            if not 0 <= getattr(self, name) <= high:
-                raise ConfigError(f"limit {name} is {getattr(self, name)}; it must be in 0..{high:g}")
+class BlendLimits(AnswerLimits, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What blending may do to a model: exact is a full prefill, and recall is asked across documents."""
 
 
 PURPOSES = {
@@ -80,33 +63,19 @@ PURPOSES = {
 STANDARD = PURPOSES["standard"]
 
 
-class BlendMetrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was measured at one ratio; all but recall from the text, or from recall prompts if there was none.
+class BlendMetrics(AnswerMetrics, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was measured at one ratio: `AnswerMetrics`, and besides.
 
     Attributes:
-        scored_tokens: next-token distributions that were compared.
-        kl_nats, top1_agreement: as in `BlendLimits`.
         kl_concat_nats: KL of reuse without computing anything again.
-        recall_questions: asked; 0 if recall was not measured.
-        recall_full, recall, recall_concat: share answered right after a full prefill, blended, and without recompute.
+        recall_concat: share answered right without computing anything again.
         token_share, layer_share: means of what `BlendReport` says.
     """
 
-    scored_tokens: _Count
-    kl_nats: _Amount
-    kl_concat_nats: _Amount
-    top1_agreement: _Share
-    recall_questions: _Count = 0
-    recall_full: _Share = 0.0
-    recall: _Share = 0.0
-    recall_concat: _Share = 0.0
-    token_share: _Amount = 0.0
-    layer_share: _Amount = 0.0
-
-    @property
-    def recall_drop_points(self) -> float:
-        """Percentage points of accuracy lost."""
-        return 100 * (self.recall_full - self.recall)
+    kl_concat_nats: Amount
+    recall_concat: Share = 0.0
+    token_share: Amount = 0.0
+    layer_share: Amount = 0.0
 
 
 class BlendRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -130,21 +99,21 @@ class BlendRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """
 
     format: Literal[1] = 1
-    fingerprint: _Digest
+    fingerprint: Digest
     policy: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
     settings: Annotated[str, msgspec.Meta(max_length=4096)]
-    ratio: _Share
+    ratio: Share
     codec: Annotated[str, msgspec.Meta(max_length=16)] = ""
-    variant: _Name = ""
-    profile: _Digest = "0" * 64
+    variant: Name = ""
+    profile: Digest = "0" * 64
     level: Annotated[int, msgspec.Meta(ge=0, lt=LEVELS_MAX)] = 0
-    noise: Annotated[tuple[tuple[_Amount, _Amount], ...], msgspec.Meta(max_length=LAYERS_MAX)] = ()
-    preamble_tokens: _Count
-    passage_tokens: _Count
-    text_digest: _Digest
-    text_tokens: _Count
-    seed: _Count
-    writer: _Name
+    noise: Annotated[tuple[tuple[Amount, Amount], ...], msgspec.Meta(max_length=LAYERS_MAX)] = ()
+    preamble_tokens: Count
+    passage_tokens: Count
+    text_digest: Digest
+    text_tokens: Count
+    seed: Count
+    writer: Name
     limits: BlendLimits
     metrics: BlendMetrics
     failures: tuple[str, ...] = ()
@@ -153,25 +122,17 @@ class BlendRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """Whether it is of that model, policy and kind of chunks (None: exact ones)."""
         if (self.fingerprint, self.policy, self.settings) != (fingerprint.hex(), policy, settings):
             return False
-        if coding is None or coding.exact:
-            return self.codec == ""
+        return self.codec == "" if coding is None or coding.exact else self.is_from(coding, level)
+
+    def is_from(self, coding: Codec | Coding, level: int) -> bool:
+        """Whether it was measured on chunks of that lossy codec, decoded up to that level."""
         ours = (self.codec, self.variant, self.profile, self.level)
         return ours == (coding.id, coding.variant, coding.profile.hex(), level)
 
 
 def judge(metrics: BlendMetrics, limits: BlendLimits) -> tuple[str, ...]:
     """What exceeds its limit, one phrase each; empty for a pass."""
-    drop = metrics.recall_drop_points
-    checks = (
-        (metrics.scored_tokens >= limits.scored_tokens_min, "tokens scored", metrics.scored_tokens, "at least",
-         limits.scored_tokens_min),
-        (metrics.kl_nats <= limits.kl_max_nats, "KL nats", metrics.kl_nats, "at most", limits.kl_max_nats),
-        (metrics.top1_agreement >= limits.top1_agreement_min, "top-1 agreement", metrics.top1_agreement, "at least",
-         limits.top1_agreement_min),
-        (metrics.recall_questions == 0 or drop <= limits.recall_drop_max_points + RATIO_SLACK, "recall drop points",
-         drop, "at most", limits.recall_drop_max_points),
-    )  # fmt: skip
-    return tuple(f"{name} {value:.4g}, {side} {limit:g}" for passed, name, value, side, limit in checks if not passed)
+    return (*judge_tokens(metrics, limits), *judge_recall(metrics, limits, slack_points=RATIO_SLACK))
 
 
 def check(
@@ -201,12 +162,7 @@ def check(
     ]
     if not found:
         return Verdict(False, f"{name} has not been measured on model {fingerprint.hex()[:12]}")
-    best = max((record.ratio, record.metrics.scored_tokens) for record in found)
-    for record in found:
-        failures = judge(record.metrics, limits) if (record.ratio, record.metrics.scored_tokens) == best else ()
-        if failures:
-            return Verdict(False, f"{name} fails the quality gate of this model: {'; '.join(failures)}")
-    return Verdict(True)
+    return verdict_of(name, [((own.ratio, own.metrics.scored_tokens), judge(own.metrics, limits)) for own in found])
 
 
 def lowest_ratio(
@@ -230,7 +186,6 @@ def noise_of(
     if coding.exact:
         return None
     for record in records:
-        ours = (record.fingerprint, record.codec, record.variant, record.profile, record.level)
-        if record.noise and ours == (fingerprint.hex(), coding.id, coding.variant, coding.profile.hex(), level):
+        if record.noise and record.fingerprint == fingerprint.hex() and record.is_from(coding, level):
             return record.noise
     return None

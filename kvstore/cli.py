@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import msgspec
@@ -45,14 +48,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _guarded(lambda: int(arguments.run(arguments)))
 
 
-def _guarded(run: Any) -> int:
+def _guarded(run: Callable[[], int]) -> int:
+    """What `run` answers; one line and an exit code for what people and the system do to it."""
+    before = None
+    with suppress(ValueError):  # not in the main thread: signals are somebody else's
+        # Ended by SIGTERM as by Ctrl-C, a command takes away its temporary files and the daemons that it started.
+        before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        return int(run())
+        code = run()
+        sys.stdout.flush()
+        return code
     except KVStoreError as error:
         print(f"kvstore: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output has seen enough
+        _give_up_output()
+        return 0
+    except OSError as error:
+        print(f"kvstore: {error}", file=sys.stderr)
+        _give_up_output()
+        return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _give_up_output() -> None:
+    """Let go of what cannot be written to standard output, so that the interpreter does not complain at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _terminated(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _parser() -> _Parser:
@@ -85,7 +117,9 @@ def _parser() -> _Parser:
 
 
 def _command(commands: Any, name: str, run: Any, text: str) -> _Parser:
-    parser: _Parser = commands.add_parser(name, help=text, description=text.capitalize() + ".", allow_abbrev=False)
+    parser: _Parser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
+    )
     parser.set_defaults(run=run, leaf=parser)
     return parser
 

@@ -36,6 +36,8 @@ def open_store(config: Config) -> Store:
         for name, tier in config.tiers.items():
             capacity_bytes = parse_bytes(tier.capacity, f"tiers.{name}.capacity")
             kind = tier.kind or name
+            if set_elsewhere := sorted({"name", "capacity_bytes"} & set(tier.options)):
+                raise ConfigError(f"tiers.{name}.options.{set_elsewhere[0]} is no option; set tiers.{name}.capacity")
             options = registry.policy_options(kind, tier.policy, tier.admission) | tier.options
             if tier.ttl != "":
                 options["ttl_seconds"] = parse_seconds(tier.ttl, f"tiers.{name}.ttl")

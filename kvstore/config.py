@@ -8,6 +8,7 @@ every field; a test compares.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import tomllib
@@ -27,7 +28,10 @@ from kvstore.transcode import AS_IS
 
 ENV_PREFIX = "KVSTORE_"
 _FINGERPRINT = re.compile(f"[0-9a-fA-F]{{{2 * KEY_BYTES}}}")
-_ENV_NOT_SETTINGS = {"KVSTORE_KERNELS", "KVSTORE_ISA", "KVSTORE_CONFIG"}
+_ENV_NOT_SETTINGS = {"KVSTORE_CONFIG", "KVSTORE_ISA", "KVSTORE_KERNELS", "KVSTORE_PROFILES", "KVSTORE_TOKEN"}
+"""Variables that others read: where profiles and gate records are, what an engine's connector is given."""
+
+_MISSING = re.compile(r"Object missing required field `(\w+)`")
 
 
 class TierConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -87,7 +91,8 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     models: dict[str, ModelConfig] = {}
 
     def __post_init__(self) -> None:
-        parse_bytes(self.request_bytes_max, "service.request_bytes_max")
+        if parse_bytes(self.request_bytes_max, "service.request_bytes_max") < 1:
+            raise ConfigError(f"service.request_bytes_max is {self.request_bytes_max!r}; it must be positive")
         parse_bytes(self.session_staging_bytes_max, "service.session_staging_bytes_max")
         if not -1 <= self.port <= 65535:
             raise ConfigError(f"service.port is {self.port}; it must be in -1..65535")
@@ -100,8 +105,8 @@ class ServiceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             "lease_ttl_seconds",
             "stop_seconds_max",
         ):
-            if not getattr(self, field) > 0:
-                raise ConfigError(f"service.{field} is {getattr(self, field)}; it must be positive")
+            if not 0 < getattr(self, field) < math.inf:
+                raise ConfigError(f"service.{field} is {getattr(self, field)}; it must be positive and finite")
         for name, model in self.models.items():
             if not _FINGERPRINT.fullmatch(model.fingerprint):
                 raise ConfigError(
@@ -152,7 +157,7 @@ class Settings:
                 self.add(tomllib.load(file), str(path))
         except OSError as error:
             raise ConfigError(f"configuration file {path}: {error.strerror}") from error
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"configuration file {path}: {error}") from error
 
     def add_environment(self, environment: Mapping[str, str]) -> None:
@@ -181,7 +186,7 @@ class Settings:
             cause = error.__cause__
             if isinstance(cause, ConfigError):
                 raise cause from error
-            raise ConfigError(f"configuration: {error}") from error
+            raise _named(error, self._values) from error
 
 
 def load(
@@ -197,6 +202,29 @@ def load(
     for name, value in (flags or {}).items():
         settings.add_value(name.split("."), value, "flag")
     return settings.resolve(), settings.origins
+
+
+def _named(error: msgspec.ValidationError, values: Mapping[str, Any]) -> ConfigError:
+    """What `error` says of the raw values, with the whole name of the setting; msgspec leaves out names users chose."""
+    for path, entry in (("tiers", TierConfig), ("tenants", TenantConfig), ("service.models", ModelConfig)):
+        table: Any = values
+        for name in path.split("."):
+            table = table.get(name) if isinstance(table, Mapping) else None
+        for name, fields in table.items() if isinstance(table, Mapping) else ():
+            try:
+                msgspec.convert(fields, entry, strict=False)
+            except msgspec.ValidationError as own:
+                return _said(own, f"{path}.{name}")
+    return _said(error, "")
+
+
+def _said(error: msgspec.ValidationError, table: str) -> ConfigError:
+    what, _, place = str(error).partition(" - at `$")
+    setting = (table + place.rstrip("`")).lstrip(".")
+    missing = _MISSING.fullmatch(what)
+    if missing is not None:
+        return ConfigError(f"{setting}.{missing[1]} is missing; set it")
+    return ConfigError(f"configuration: {what} - at `{setting}`")
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str], origin: str = "") -> ConfigError:

@@ -39,10 +39,12 @@ class Counters:
 
 
 def tier_stats(tier: Tier) -> dict[str, Any]:
-    """What a tier holds, for whom, and what it did; JSON types only."""
+    """What a tier holds, for whom, and what it did; of one in shared memory in which pages. JSON types only."""
+    pages = getattr(getattr(tier, "arena", None), "pages", None)
     return {
         "usage": msgspec.to_builtins(tier.usage()),
         "tenants": msgspec.to_builtins(tier.tenant_usage()),
         "counters": tier.counters(),
         "durable": tier.durable,
+        **({"pages": pages} if pages else {}),
     }

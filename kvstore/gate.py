@@ -6,7 +6,7 @@ within limits. `kvstore gate` (kvstore.connectors.gate) measures and writes reco
 A record belongs to one (model fingerprint, codec id, variant, profile id) and holds the numbers of every quality level,
 the limits it was judged by, and what was measured on. `judge` is a pure function of numbers and limits, so a record
 made by loose limits does not pass a connector that has strict ones. Records are bytes named by their content
-(kvstore.gate_records) and lie beside the profiles. They are statements, not proofs: whoever may write into the
+(kvstore.record_files) and lie beside the profiles. They are statements, not proofs: whoever may write into the
 directory may also write a false one, as he may write false chunks.
 """
 
@@ -20,46 +20,30 @@ from typing import Annotated, Literal
 import msgspec
 
 from kvstore.codec import Codec
-from kvstore.errors import ConfigError
+from kvstore.gate_limits import (
+    Amount,
+    AnswerLimits,
+    AnswerMetrics,
+    Count,
+    Digest,
+    Name,
+    judge_recall,
+    judge_tokens,
+    unless,
+)
 from kvstore.keys import ROOT
-
-NOT_A_NUMBER = 1e9
-"""What is recorded for a measurement that is infinite or not a number; within no limit."""
 
 LEVELS_MAX = 256
 
-_Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-_Name = Annotated[str, msgspec.Meta(max_length=128)]
-_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
-_Amount = Annotated[float, msgspec.Meta(ge=0, le=NOT_A_NUMBER)]
-_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
-
-class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a codec level may do to a model.
+class Limits(AnswerLimits, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a codec level may do to a model: `AnswerLimits`, and of the text that follows the KV of the level.
 
     Attributes:
-        kl_max_nats: mean over tokens of KL(with full KV || with decoded KV) of the next token's distribution.
-        top1_agreement_min: share of tokens whose likeliest next token stays the same.
-        perplexity_change_max_percent: of the text that follows, up or down.
-        recall_drop_max_points: of the recall accuracy in percent; applies where recall has been measured.
-        scored_tokens_min: fewer tokens than this are no evidence.
-
-    Raises:
-        ConfigError: a limit is out of range.
+        perplexity_change_max_percent: of that text, up or down.
     """
 
-    kl_max_nats: float
-    top1_agreement_min: float
     perplexity_change_max_percent: float
-    recall_drop_max_points: float
-    scored_tokens_min: int
-
-    def __post_init__(self) -> None:
-        for name in self.__struct_fields__:
-            high = 1.0 if name == "top1_agreement_min" else NOT_A_NUMBER / 10
-            if not 0 <= getattr(self, name) <= high:
-                raise ConfigError(f"limit {name} is {getattr(self, name)}; it must be in 0..{high:g}")
 
 
 PURPOSES = {
@@ -90,45 +74,30 @@ PURPOSES = {
 STANDARD = PURPOSES["standard"]
 
 
-class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was measured of one codec level; all but recall from the text, or from recall prompts if there was none.
+class Metrics(AnswerMetrics, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was measured of one codec level: `AnswerMetrics`, and besides.
 
     Attributes:
         bits_per_element: container bytes up to this level, header and padding included, over elements of K and V.
         key_error, value_error: |x - x'| / |x| over all layers and tokens.
         attention_error: |o - o'| / |o| of the attention output under the model's own queries, mean over layers.
-        scored_tokens: next-token distributions that were compared.
-        kl_nats, top1_agreement: as in `Limits`.
         loss_full_nats, loss_nats: mean negative log-likelihood with full and with decoded KV.
         loss_change_error_nats: standard error of the difference of the two.
-        recall_questions: questions asked; 0 if recall was not measured.
-        recall_full, recall: share answered right with full and with decoded KV.
     """
 
-    bits_per_element: _Amount
-    key_error: _Amount
-    value_error: _Amount
-    attention_error: _Amount
-    scored_tokens: _Count
-    kl_nats: _Amount
-    top1_agreement: _Share
-    loss_full_nats: _Amount
-    loss_nats: _Amount
-    loss_change_error_nats: _Amount
-    recall_questions: _Count = 0
-    recall_full: _Share = 0.0
-    recall: _Share = 0.0
+    bits_per_element: Amount
+    key_error: Amount
+    value_error: Amount
+    attention_error: Amount
+    loss_full_nats: Amount
+    loss_nats: Amount
+    loss_change_error_nats: Amount
 
     @property
     def perplexity_change_percent(self) -> float:
         """How much the perplexity rises (or falls, below 0) with decoded KV."""
         change = self.loss_nats - self.loss_full_nats
         return 100 * math.expm1(min(change, 20.0))
-
-    @property
-    def recall_drop_points(self) -> float:
-        """Percentage points of recall accuracy lost."""
-        return 100 * (self.recall_full - self.recall)
 
 
 class LevelResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -155,15 +124,15 @@ class GateRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """
 
     format: Literal[1] = 1
-    fingerprint: _Digest
+    fingerprint: Digest
     codec: Annotated[str, msgspec.Meta(min_length=1, max_length=16)]
-    variant: _Name = ""
-    profile: _Digest
+    variant: Name = ""
+    profile: Digest
     chunk_tokens: Annotated[int, msgspec.Meta(ge=1, le=65536)]
-    text_digest: _Digest
-    text_tokens: _Count
-    seed: _Count
-    writer: _Name
+    text_digest: Digest
+    text_tokens: Count
+    seed: Count
+    writer: Name
     limits: Limits
     levels: Annotated[tuple[LevelResult, ...], msgspec.Meta(min_length=1, max_length=LEVELS_MAX)]
 
@@ -191,19 +160,13 @@ class Verdict(msgspec.Struct, frozen=True):
 
 def judge(metrics: Metrics, limits: Limits) -> tuple[str, ...]:
     """What exceeds its limit, one phrase each; empty for a pass. What is not a number exceeds every limit."""
-    change, drop = metrics.perplexity_change_percent, metrics.recall_drop_points
-    checks = (
-        (metrics.scored_tokens >= limits.scored_tokens_min, "tokens scored", metrics.scored_tokens, "at least",
-         limits.scored_tokens_min),
-        (metrics.kl_nats <= limits.kl_max_nats, "KL nats", metrics.kl_nats, "at most", limits.kl_max_nats),
-        (metrics.top1_agreement >= limits.top1_agreement_min, "top-1 agreement", metrics.top1_agreement, "at least",
-         limits.top1_agreement_min),
-        (abs(change) <= limits.perplexity_change_max_percent, "perplexity change %", change, "at most",
-         limits.perplexity_change_max_percent),
-        (metrics.recall_questions == 0 or drop <= limits.recall_drop_max_points, "recall drop points", drop, "at most",
-         limits.recall_drop_max_points),
-    )  # fmt: skip
-    return tuple(f"{name} {value:.4g}, {side} {limit:g}" for passed, name, value, side, limit in checks if not passed)
+    change = metrics.perplexity_change_percent
+    limit = limits.perplexity_change_max_percent
+    return (
+        *judge_tokens(metrics, limits),
+        *unless(abs(change) <= limit, "perplexity change %", change, "at most", limit),
+        *judge_recall(metrics, limits),
+    )
 
 
 def check(
@@ -236,10 +199,19 @@ def check(
     name = f"{describe(codec)} level {level}"
     if not results:
         return Verdict(False, f"{name} is lossy and has not been measured on model {fingerprint.hex()[:12]}")
-    most = max(result.metrics.scored_tokens for result in results)
-    for result in results:
-        failures = judge(result.metrics, limits) if result.metrics.scored_tokens == most else ()
-        if failures:
+    return verdict_of(name, [((result.metrics.scored_tokens,), judge(result.metrics, limits)) for result in results])
+
+
+def verdict_of(name: str, judged: Sequence[tuple[tuple[float, ...], tuple[str, ...]]]) -> Verdict:
+    """Whether what has the most evidence passes; where several have as much, all must.
+
+    Args:
+        name: what is judged, for the reason.
+        judged: how much evidence each measurement is, and what failed of it; at least one.
+    """
+    most = max(evidence for evidence, _ in judged)
+    for evidence, failures in judged:
+        if evidence == most and failures:
             return Verdict(False, f"{name} fails the quality gate of this model: {'; '.join(failures)}")
     return Verdict(True)
 
@@ -265,8 +237,3 @@ def command(codec: Codec, model: str = "MODEL", options: Sequence[str] = ()) -> 
     if codec.profile != ROOT:
         words += ["--profile", f"{codec.profile.hex()}.kvprofile"]
     return f"{shlex.join(words)} --text FILE..."
-
-
-def number(value: float) -> float:
-    """A measurement as a record holds it: finite, and not negative."""
-    return min(max(value, 0.0), NOT_A_NUMBER) if math.isfinite(value) else NOT_A_NUMBER

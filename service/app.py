@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from importlib import resources
 from typing import NamedTuple
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from kvstore.errors import ConfigError
 from kvstore.service import chunks, control, events, fetching, indexer, plans, prompts, verifying
@@ -103,6 +103,8 @@ def _guarded(daemon: Daemon, route: Route) -> Handler:
         status = 499  # the client has gone
         try:
             daemon.gate.check(request, public=route.public)
+            if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
+                raise RefusalError(415, "encoding", "bodies are taken as they are, not compressed", "Content-Encoding")
             if route.unlimited:
                 response = await route.handler(request)
             else:
@@ -133,6 +135,8 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return RefusalError(error.status, "http", f"{request.method} {request.path[:200]}: {error.reason}").response()
     except ConfigError as error:
         return RefusalError(400, "invalid", str(error)).response()
+    except web.RequestPayloadError as error:
+        return RefusalError(400, "invalid", f"request body: {' '.join(str(error).split())}").response()
     except ConnectionError as error:
         _log.info("%s %s ended early: %s", request.method, request.path, error)
         raise

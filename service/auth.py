@@ -101,7 +101,9 @@ class Gate:
             return ""
         scheme, _, given = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
         # Every token is compared, so that the time taken does not tell which of them was nearly right.
-        right = [name for name, token in self._tokens if hmac.compare_digest(given.strip().encode(), token)]
+        # What is no UTF-8 comes as lone surrogates, which only "surrogateescape" turns into bytes again.
+        secret = given.strip().encode(errors="surrogateescape")
+        right = [name for name, token in self._tokens if hmac.compare_digest(secret, token)]
         if scheme.lower() != "bearer" or not right:
             raise RefusalError(401, "unauthorised", "the bearer token is missing or wrong", hdrs.AUTHORIZATION)
         return right[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import re
 import time
@@ -11,14 +12,15 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
-from kvstore.client import DEADLINE_MS_DEFAULT
+from kvstore.client import DEADLINE_MS_DEFAULT, DEADLINE_MS_MAX
 from kvstore.decoding import decode_json
 from kvstore.errors import ConfigError
 from kvstore.keys import ROOT
 from kvstore.protocol import parse_keys
 from kvstore.service.refusal import RefusalError
 
-DEADLINE_MS_MAX = 3_600_000.0
+BODY_SECONDS_MAX = 30.0
+"""A sender that takes longer over a JSON body must not keep others from being served."""
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -30,10 +32,16 @@ async def read_body(request: web.Request, kind: type[T]) -> T:
     """The request's JSON body as a `kind`.
 
     Raises:
-        RefusalError: 400 if it is not one, with the nearest valid name of an unknown field; 413 if too large.
+        RefusalError: 400 if it is not one, with the nearest valid name of an unknown field; 413 if too large; 504 if
+            it does not come.
     """
+    if (request.content_length or 0) > request.client_max_size > 0:
+        raise RefusalError(413, "too_large", f"the request body is larger than {request.client_max_size} bytes")
     try:
-        data = await request.read()
+        async with asyncio.timeout(BODY_SECONDS_MAX):
+            data = await request.read()
+    except TimeoutError:
+        raise RefusalError(504, "deadline", f"the request body did not come in {BODY_SECONDS_MAX:.0f} s") from None
     except web.HTTPRequestEntityTooLarge as error:
         raise RefusalError(
             413, "too_large", f"the request body is larger than {request.client_max_size} bytes"

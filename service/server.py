@@ -81,6 +81,7 @@ class Server:
             logger=_http_log(),
             handle_signals=False,
             handler_cancellation=True,
+            auto_decompress=False,  # a few kilobytes must not become gigabytes before anybody has looked at them
             shutdown_timeout=config.stop_seconds_max,
         )
         await self._runner.setup()
@@ -130,11 +131,11 @@ async def _serve(store: Store, config: ServiceConfig, tenants: Mapping[str, Tena
 
 
 def _http_log() -> logging.Logger:
-    """A log for the HTTP layer that does not let anybody fill it by sending what is no HTTP."""
+    """A log for the HTTP layer that nobody can fill by sending what is no HTTP, or by leaving early."""
     log = logging.getLogger("kvstore.service.http")
 
     def worth_saying(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+        return not (record.exc_info and isinstance(record.exc_info[1], (HttpProcessingError, ConnectionError)))
 
     log.filters[:] = [worth_saying]
     return log

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ from kvstore.testing.models import VOCABULARY, random_model, random_prompt
 MODEL = bytes(range(32))
 TEXT_MODEL = Path(__file__).parent / "models" / "text"
 PREAMBLE = [1, 2, 3]
+PINNED = "5a30b1b9520da316cbf9c6667a95b8d783bd383e2cf2410d701ec0ce83f61a72"
+"""SHA-256 of a record's bytes: a change of format needs another `format`."""
+
 FEW = msgspec.structs.replace(STANDARD, scored_tokens_min=1)
 
 
@@ -193,6 +197,13 @@ def test_records_are_files_named_by_their_content(tmp_path: Path, caplog: pytest
     path.write_bytes(path.read_bytes().replace(b"0.99", b"0.98"))
     assert blend_records.load_all([tmp_path]) == ()
     assert "is ignored" in caplog.text
+
+
+def test_the_bytes_of_a_record_are_pinned() -> None:
+    record = msgspec.structs.replace(
+        blend_record(MODEL, Recommended()), settings="{}", ratio=0.15, noise=((0.5, 0.25),)
+    )
+    assert hashlib.sha256(blend_records.pack_record(record)).hexdigest() == PINNED
 
 
 def test_a_record_that_contradicts_itself_is_none() -> None:

@@ -125,6 +125,23 @@ def test_text_is_cut_into_sequences_that_start_alike(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.skipif(not (TEXT_MODEL / "model.safetensors").exists(), reason="the trained text model is not here")
+def test_mistakes_are_said_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(calibration, "AutoModelForCausalLM", None)
+    text = tmp_path / "text"
+    text.write_text("too little text")
+    for model, extra, message in (
+        (tmp_path, [], "has no config.json"),
+        (TEXT_MODEL, ["--profile", "heads"], "profile 'heads' is unknown"),
+        (TEXT_MODEL, [], "give at least 2048 of both"),
+    ):
+        flags = ["--model", str(model), "--text", str(text), "--out", str(tmp_path / "out"), *extra]
+        assert cli.main(["calibrate", *flags]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not (TEXT_MODEL / "model.safetensors").exists(), reason="the trained text model is not here")
 def test_the_command_writes_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text"
     text.write_text((Path(calibration.__file__)).read_text() * 3)

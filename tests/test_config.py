@@ -43,6 +43,11 @@ def test_the_file_can_come_from_the_environment(tmp_path: Path) -> None:
         ({"KVSTORE_SERVICE__REQUEST_BYTES_MAX": "lots"}, r"service.request_bytes_max is 'lots'"),
         ({"KVSTORE_STORE__MOVER_THREADS": "0"}, r"store.mover_threads is 0; it must be positive"),
         ({"KVSTORE_SERVICE__INFLIGHT_MAX": "0"}, r"service.inflight_max is 0; it must be positive"),
+        ({"KVSTORE_SERVICE__STOP_SECONDS_MAX": "inf"}, r"stop_seconds_max is inf; it must be positive and finite"),
+        ({"KVSTORE_SERVICE__REQUEST_BYTES_MAX": "0"}, r"service.request_bytes_max is '0'; it must be positive"),
+        ({"KVSTORE_TIERS__DRAM": "1GiB"}, r"object.*got `str` - at `tiers.dram`"),
+        ({"KVSTORE_TIERS__DRAM__PATH": "x"}, r"tiers.dram.capacity is missing; set it"),
+        ({"KVSTORE_TENANTS__A__QUOTA": "1GiB"}, r"object.*got `str` - at `tenants.a.quota`"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_field(environment: dict[str, str], message: str) -> None:
@@ -55,9 +60,15 @@ def test_a_file_that_cannot_be_read_or_parsed_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere.toml: No such file"):
         config.load(str(tmp_path / "nowhere.toml"), environment={})
     broken = tmp_path / "broken.toml"
-    broken.write_text("[service\n")
-    with pytest.raises(ConfigError, match="broken.toml"):
-        config.load(str(broken), environment={})
+    for text in (b"[service\n", b"\xff\xfe"):
+        broken.write_bytes(text)
+        with pytest.raises(ConfigError, match="broken.toml"):
+            config.load(str(broken), environment={})
+
+
+def test_variables_of_others_are_no_settings() -> None:
+    others = ("CONFIG", "ISA", "KERNELS", "PROFILES", "TOKEN")
+    config.load(environment={f"KVSTORE_{name}": "" if name == "CONFIG" else "/somewhere" for name in others})
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.bench import dram_churn, tiers_dram
+from kvstore.counters import tier_stats
 from kvstore.errors import ConfigError, TierError
 from kvstore.outcome import Miss, PutStatus, Reason
 from kvstore.testing.harness import FakeClock, aligned, bytes_of, get, item, key_of, present, put
@@ -363,3 +364,9 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     metrics = tiers_dram.measure(tmp_path, quick=True)
     assert metrics["tiers.dram.get_vs_memcpy"] == metrics["tiers.dram.get_vs_memcpy_8mib"]
     assert all(math.isfinite(value) and value > 0 for value in metrics.values())
+
+
+def test_statistics_say_in_which_pages_the_memory_is() -> None:
+    tier = DramTier(CAPACITY_BYTES, huge_pages=False)
+    assert tier_stats(tier)["pages"] == tier.arena.pages == "base"
+    tier.close()

@@ -14,6 +14,7 @@ from kvstore import gate
 from kvstore.codecs import registry
 from kvstore.errors import ConfigError
 from kvstore.gate import GateRecord, LevelResult, Limits, Metrics, judge
+from kvstore.gate_limits import NOT_A_NUMBER, number
 from kvstore.testing.noise import NoiseCodec
 
 FINGERPRINT = b"f" * 32
@@ -35,9 +36,9 @@ GOOD = Metrics(
 
 BEYOND = {
     "scored_tokens": st.integers(0, gate.STANDARD.scored_tokens_min - 1),
-    "kl_nats": st.floats(gate.STANDARD.kl_max_nats, gate.NOT_A_NUMBER, exclude_min=True),
+    "kl_nats": st.floats(gate.STANDARD.kl_max_nats, NOT_A_NUMBER, exclude_min=True),
     "top1_agreement": st.floats(0, gate.STANDARD.top1_agreement_min, exclude_max=True),
-    "loss_nats": st.floats(2.0101, gate.NOT_A_NUMBER) | st.floats(0, 1.989),
+    "loss_nats": st.floats(2.0101, NOT_A_NUMBER) | st.floats(0, 1.989),
     "recall": st.floats(0, 0.9399),
 }
 """Values of a field that break a standard limit, all others being good."""
@@ -92,7 +93,7 @@ def test_purposes_are_ordered(kl: float, agreement: float, loss: float, recall: 
 @pytest.mark.parametrize("field", ["kl_nats", "top1_agreement", "loss_nats", "loss_full_nats", "recall"])
 def test_what_is_not_a_number_fails(field: str) -> None:
     assert judge(msgspec.structs.replace(GOOD, **{field: math.nan}), gate.PURPOSES["coarse"])
-    assert gate.number(math.nan) == gate.number(math.inf) == gate.NOT_A_NUMBER
+    assert number(math.nan) == number(math.inf) == NOT_A_NUMBER
 
 
 def test_recall_that_was_not_measured_is_not_judged() -> None:

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from kvstore import cli, gate, gate_records
+from kvstore import cli, gate, gate_records, record_files
 from kvstore.codecs import registry
 from kvstore.connectors.gate_inputs import CHARACTERS_A_TOKEN, load_model, text_ids
 from kvstore.connectors.model_identity import identify
@@ -57,7 +57,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def noise_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = EntryPoint("noise", "kvstore.testing.noise:NoiseCodec", registry.GROUP)
     monkeypatch.setitem(registry._entries(), "noise", entry)
-    monkeypatch.delenv(gate_records.DIRECTORIES_VARIABLE, raising=False)
+    monkeypatch.delenv(record_files.DIRECTORIES_VARIABLE, raising=False)
 
 
 def run(home: Path, options: str, *, model: str = "model") -> int:
@@ -84,7 +84,7 @@ def test_a_pass_is_recorded_and_lets_the_connector_in(
     (record,) = gate_records.load_all([tmp_path / "gates"])
     assert lines[4] == f"noise: {next((tmp_path / 'gates').iterdir())}"
     assert record == msgspec.convert(written["records"][0], gate.GateRecord)
-    monkeypatch.setenv(gate_records.DIRECTORIES_VARIABLE, str(tmp_path / "gates"))
+    monkeypatch.setenv(record_files.DIRECTORIES_VARIABLE, str(tmp_path / "gates"))
     model: Any = AutoModelForCausalLM.from_pretrained(home / "model")
     limits = msgspec.structs.replace(gate.STANDARD, scored_tokens_min=8)
     connector = TransformersConnector(model.eval(), MemoryClient(), codec="noise", limits=limits)
@@ -134,6 +134,10 @@ GOOD = f"--text @text.txt --codecs noise --out @out {SMALL}"
         (f"{GOOD} --profile @text.txt", "--profile: "),
         (f"{GOOD} --profile @none", "--profile: @none: No such file or directory"),
         (f"{GOOD} --json @none/report.json", "--json: there is no directory @none"),
+        (f"{GOOD} --json @model", "is a directory; name a file"),
+        (GOOD.replace("@out", "@text.txt"), "is not a directory"),
+        (f"{GOOD} --ratio 0.2", "--ratio is for --blend"),
+        (f"{GOOD} --passages 2", "--passages is for --blend"),
         (f"{GOOD} --purpose strickt", "unknown purpose 'strickt'; did you mean 'strict'?"),
         (f"{GOOD} --limit kl_max=1", "unknown limit 'kl_max'; did you mean 'kl_max_nats'?"),
         (f"{GOOD} --limit kl_max_nats", "--limit 'kl_max_nats': write NAME=VALUE"),

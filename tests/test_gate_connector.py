@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 import torch
 
-from kvstore import container, gate, gate_records
+from kvstore import container, gate, gate_records, record_files
 from kvstore.client import QUALITY_EXACT, Client
 from kvstore.codec import Codec
 from kvstore.codecs import registry
@@ -45,7 +45,7 @@ FEW = msgspec.structs.replace(gate.STANDARD, scored_tokens_min=8)
 def noise_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = EntryPoint("noise", "kvstore.testing.noise:NoiseCodec", registry.GROUP)
     monkeypatch.setitem(registry._entries(), "noise", entry)
-    monkeypatch.delenv(gate_records.DIRECTORIES_VARIABLE, raising=False)
+    monkeypatch.delenv(record_files.DIRECTORIES_VARIABLE, raising=False)
 
 
 def measure(model: Any, codec: Codec) -> GateRecord:
@@ -114,7 +114,7 @@ def test_weights_that_change_later_need_a_record_too() -> None:
 def test_a_pass_in_the_profiles_directory_opens_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model()
     gate_records.save(measure(model, NoiseCodec()), tmp_path)
-    monkeypatch.setenv(gate_records.DIRECTORIES_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(record_files.DIRECTORIES_VARIABLE, str(tmp_path))
     client = MemoryClient()
     _, expected, cold = connect(client, model, codec="noise", limits=FEW).prefill(PROMPT)
     _, logits, warm = connect(client, model, codec="noise", limits=FEW).prefill(PROMPT)

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from kvstore import gate
 from kvstore.errors import ConfigError, ContainerError
 from kvstore.gate import GateRecord, LevelResult, Limits, Metrics, judge
-from kvstore.gate_records import RECORD_BYTES_MAX, SUFFIX, directories, load_all, pack_record, parse_record, save
+from kvstore.gate_limits import NOT_A_NUMBER
+from kvstore.gate_records import SUFFIX, load_all, pack_record, parse_record, save
 from kvstore.outcome import Reason
+from kvstore.record_files import DIRECTORIES_VARIABLE, RECORD_BYTES_MAX, directories
 
 PINNED = "a4462e6d35f820c291a146669f11933f3c5ed6a29007f5ec8b7169b2485bb080"
 """SHA-256 of the sample's bytes: a change of format needs another `format`."""
@@ -28,7 +30,7 @@ LIMITS = Limits(
     scored_tokens_min=1024,
 )
 DIGEST = st.binary(min_size=32, max_size=32).map(bytes.hex)
-AMOUNT = st.floats(0, gate.NOT_A_NUMBER)
+AMOUNT = st.floats(0, NOT_A_NUMBER)
 SHARE = st.floats(0, 1)
 METRICS = st.builds(
     Metrics,
@@ -159,10 +161,9 @@ def test_records_lie_beside_profiles(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_directories_are_those_of_profiles() -> None:
-    from kvstore import gate_records
     from kvstore.codecs import profiles
 
-    assert gate_records.DIRECTORIES_VARIABLE == profiles.DIRECTORIES_VARIABLE
+    assert DIRECTORIES_VARIABLE == profiles.DIRECTORIES_VARIABLE
 
 
 @pytest.mark.parametrize("damage", ["flip", "rename", "empty", "directory", "name"])

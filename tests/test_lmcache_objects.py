@@ -18,8 +18,9 @@ from kvstore.connect import connect
 from kvstore.connectors import lanes
 from kvstore.connectors.lanes import Lane
 from kvstore.connectors.lmcache_native import KVStoreNativeConnector
-from kvstore.connectors.lmcache_objects import OPAQUE, LMCacheObject, LMCacheObjects, geometry_of
+from kvstore.connectors.lmcache_objects import LMCacheObject, LMCacheObjects, geometry_of
 from kvstore.connectors.lmcache_settings import LMCacheSettings
+from kvstore.connectors.opaque import OPAQUE
 from kvstore.container import parse
 from kvstore.errors import ConfigError
 from kvstore.outcome import Reason
@@ -164,7 +165,7 @@ def test_lossy_codecs_are_refused(codec: str) -> None:
 @pytest.mark.parametrize(
     ("params", "says"),
     [
-        ({}, "url is missing"),
+        ({}, "has no url"),
         ({"url": "embedded:?dram=8MiB", "durabel": True}, "did you mean 'durable'"),
         ({"url": "embedded:?dram=8MiB", "threads": 0}, "threads is 0"),
         ({"url": "embedded:?dram=8MiB", "threads": "two"}, "threads"),

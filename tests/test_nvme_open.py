@@ -26,7 +26,7 @@ from kvstore.tiers.directio import PosixIo
 from kvstore.tiers.index import ChunkEntry
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.records import RECORD, pack_record
-from kvstore.tiers.volume import CAPACITY_BYTES_MIN, FORMAT_VERSION, Superblock, entries_max
+from kvstore.tiers.volume import CAPACITY_BYTES_MIN, FORMAT_VERSION, Superblock, VolumeLock, entries_max
 
 CAPACITY_BYTES = 1 << 20
 
@@ -39,6 +39,19 @@ def volume(tmp_path: Path) -> Path:
     tier.touch([key_of(0)])
     tier.close()
     return tmp_path / "tier"
+
+
+def test_a_full_disk_does_not_keep_the_owner_out(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        lock = VolumeLock(volume)
+        with pytest.raises(VolumeBusyError, match="in use by another process"):
+            VolumeLock(volume)
+        lock.release()
+    NvmeTier(volume, CAPACITY_BYTES).close()
 
 
 def open_error(path: Path, capacity_bytes: int = CAPACITY_BYTES, io: PosixIo | None = None) -> TierError:

@@ -14,6 +14,7 @@ import pytest
 
 from kvstore.bench.daemon import Daemon
 from kvstore.client import PutChunk
+from kvstore.connectors.opaque import put_opaque
 from kvstore.container import parse
 from kvstore.errors import ConfigError
 
@@ -167,7 +168,7 @@ def test_a_damaged_page_is_a_miss_and_makes_way(make: Callable[..., Any]) -> Non
     backend = make(Pool())
     assert backend.batch_set_v1(["a"], indices(0)) == [True]
     page = backend._in_pool(["a"], indices(0))[0]
-    chunk = backend._pages._put(page)
+    chunk = put_opaque(backend._pages._meta(page), page.spans)
     stored = memoryview(bytearray(chunk.nbytes_max))
     nbytes: int = chunk.write(stored)
     stored[parse(stored[:nbytes]).segments[0].offset] ^= 1

@@ -14,6 +14,7 @@ from typing import Any
 
 from kvstore.errors import ConfigError
 from kvstore.tier import Tier
+from kvstore.tiers.option_values import option_value
 
 GROUP = "kvstore.tiers"
 
@@ -62,10 +63,11 @@ def open_tier(kind: str, *, name: str, capacity_bytes: int, **options: Any) -> T
         raise ConfigError(f"tiers.{name}.kind is {kind!r}; {_nearest(kind, list(kinds))}")
     factory: Callable[..., Tier] = kinds[kind].load()
     parameters = inspect.signature(factory).parameters
-    for option in options:
+    for option, value in options.items():
         if option not in parameters:
             known = [parameter for parameter in parameters if parameter not in ("name", "capacity_bytes")]
             raise ConfigError(f"tiers.{name} has no option {option!r}; {_nearest(option, known)}")
+        options[option] = option_value(value, parameters[option], f"tiers.{name}.options.{option}")
     for parameter in parameters.values():
         if parameter.default is parameter.empty and parameter.name not in ("name", "capacity_bytes", *options):
             raise ConfigError(f"tiers.{name}.{parameter.name} is missing; a tier of kind {kind} needs it")

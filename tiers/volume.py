@@ -20,6 +20,7 @@ import fcntl
 import os
 import struct
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -139,8 +140,9 @@ class VolumeLock:
             os.close(self._descriptor)
             owner = f"process {holder}" if holder.isdigit() else "another process"
             raise VolumeBusyError(f"the volume {path} is in use by {owner}; stop it or choose another path") from error
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, b"%d\n" % os.getpid(), 0)
+        with suppress(OSError):  # on a full disk nobody is told the process's id; the lock holds all the same
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, b"%d\n" % os.getpid(), 0)
 
     def release(self) -> None:
         """Let others have the volume. Idempotent."""

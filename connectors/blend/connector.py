@@ -28,7 +28,7 @@ from kvstore.connectors.blend.outcomes import BlendedReport, Reused
 from kvstore.connectors.blend.passing import BlendPass, command
 from kvstore.connectors.blend.policy import Policy
 from kvstore.connectors.blend.run import BlendRun
-from kvstore.connectors.hf_generate import HEADROOM_TOKENS, GenerateSettings, Ids, prompt_rows, run_generate
+from kvstore.connectors.hf_generate import HEADROOM_TOKENS, GenerateSettings, Ids, one_prompt, prompt_rows, run_generate
 from kvstore.connectors.model_identity import identify
 from kvstore.connectors.prefix import PrefixStore
 from kvstore.connectors.torch_kv import TorchKV
@@ -138,14 +138,12 @@ class BlendConnector(TransformersConnector):
             ConfigError: documents that are empty, overlap, or do not fit the prompt; a prompt longer than the context.
             UnsupportedModelError: the model has been changed into one that cannot be served.
         """
-        rows = prompt_rows(input_ids, torch.ones_like(input_ids))
-        if len(rows) != 1:
-            raise SpecError(f"prefill takes one prompt, got {len(rows)}; use generate for a batch")
+        ids = one_prompt(input_ids)
         prefixes = self._current()
-        memory = TorchKV.allocate(prefixes.spec, 1, len(rows[0]) + headroom, self.model.device)
-        logits, state = self._row(prefixes, rows[0], memory, documents)
-        self._store_new(state, rows[0], documents)
-        return memory.cache(len(rows[0])), logits, state.report()
+        memory = TorchKV.allocate(prefixes.spec, 1, len(ids) + headroom, self.model.device)
+        logits, state = self._row(prefixes, ids, memory, documents)
+        self._store_new(state, ids, documents)
+        return memory.cache(len(ids)), logits, state.report()
 
     @torch.no_grad()
     def generate(  # type: ignore[override]  # the list is of reports that say more

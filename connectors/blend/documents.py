@@ -13,6 +13,7 @@ from kvstore.client import PutChunk
 from kvstore.connector import Stored
 from kvstore.connectors.blend.compiling import compile_span
 from kvstore.connectors.prefix import PrefixStore
+from kvstore.connectors.store_errors import one_line
 from kvstore.connectors.torch_kv import TorchKV
 from kvstore.container import FLAG_CONTENT_KEY, ChunkMeta
 from kvstore.outcome import PutStatus, Reason
@@ -76,7 +77,7 @@ def _put_all(prefixes: PrefixStore, puts: Sequence[PutChunk]) -> list[PutStatus]
     try:
         return prefixes.client.put(puts, durable=prefixes.durable, deadline_ms=prefixes.store_deadline_ms)
     except Exception as error:  # as above
-        detail = f"{type(error).__name__}: {error}".splitlines()[0]
+        detail = one_line(error)
         return [PutStatus(stored=False, reason=Reason.UNAVAILABLE, detail=detail)] * len(puts)
 
 

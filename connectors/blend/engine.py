@@ -28,8 +28,8 @@ from kvstore.connectors.blend.memory import BlendMemory
 from kvstore.connectors.blend.moving import mover_of
 from kvstore.connectors.blend.passes import RowsPass
 from kvstore.connectors.blend.policy import Policy
-from kvstore.connectors.blend.prompt import Kind, Prompt, assemble
-from kvstore.connectors.blend.report import BlendReport
+from kvstore.connectors.blend.prompt import Prompt, assemble
+from kvstore.connectors.blend.report import BlendReport, report_of
 from kvstore.connectors.blend.sources import Source
 from kvstore.connectors.hf_generate import HEADROOM_TOKENS
 from kvstore.connectors.hf_spec import check_model, kv_spec
@@ -149,15 +149,4 @@ def blend_into(
     run = RowsPass(model, memory, prompt.ids, positions, computed=choices, context=prompt.moved, split=policy.split)
     logits = run.run(torch.nonzero(rows)[:, 0], logits_tokens=logits_tokens)
     assert logits is not None  # at least one row's are wanted
-    moved = prompt.moved.to(model.device)
-    report = BlendReport(
-        policy=policy.name,
-        prompt_tokens=prompt.tokens,
-        exact_tokens=int((prompt.kind == Kind.EXACT).sum()),
-        moved_tokens=int(prompt.moved.sum()),
-        fresh_tokens=int(prompt.fresh.sum()),
-        mismatched_tokens=prompt.mismatched,
-        moved_rows=tuple(int(moved[layer_rows].sum()) for layer_rows in run.rows_of_layers),
-        extra_rows=(extra,) * prompt.layers,
-    )
-    return logits, report
+    return logits, report_of(policy.name, prompt, run.rows_of_layers, extra)

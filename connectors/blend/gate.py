@@ -32,7 +32,7 @@ from kvstore.connectors.gate_tally import Tally
 from kvstore.connectors.gate_trials import Trial
 from kvstore.connectors.model_identity import identify
 from kvstore.errors import ConfigError
-from kvstore.gate import number
+from kvstore.gate_limits import number
 
 Progress = Callable[[int, int], None]
 

@@ -13,7 +13,7 @@ from kvstore.connectors.blend.sources import KV
 from kvstore.connectors.torch_kv import TORCH_DTYPE, TorchKV
 from kvstore.container import FLAG_CONTENT_KEY, ChunkMeta
 from kvstore.errors import CodecError
-from kvstore.gate import number
+from kvstore.gate_limits import number
 from kvstore.keys import KeyScheme
 from kvstore.spec import KVSpec
 

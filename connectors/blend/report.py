@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
+import torch
+
+from kvstore.connectors.blend.prompt import Kind, Prompt
 
 
 class BlendReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,3 +52,25 @@ class BlendReport(msgspec.Struct, frozen=True, kw_only=True):
         """
         whole = self.moved_tokens * len(self.moved_rows)
         return (sum(self.moved_rows) + sum(self.extra_rows)) / whole if whole else 0.0
+
+
+def report_of(policy: str, prompt: Prompt, rows_of_layers: Sequence[torch.Tensor], extra: int) -> BlendReport:
+    """What a run has done for a prompt.
+
+    Args:
+        policy: its name.
+        prompt: what was known of each token.
+        rows_of_layers: the tokens that the run computed, for each layer.
+        extra: fresh tokens that a run before it computed in every layer.
+    """
+    moved = prompt.moved.to(rows_of_layers[0].device)
+    return BlendReport(
+        policy=policy,
+        prompt_tokens=prompt.tokens,
+        exact_tokens=int((prompt.kind == Kind.EXACT).sum()),
+        moved_tokens=int(prompt.moved.sum()),
+        fresh_tokens=int(prompt.fresh.sum()),
+        mismatched_tokens=prompt.mismatched,
+        moved_rows=tuple(int(moved[rows].sum()) for rows in rows_of_layers),
+        extra_rows=(extra,) * prompt.layers,
+    )

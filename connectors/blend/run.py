@@ -17,19 +17,21 @@ from transformers import PreTrainedModel
 from kvstore.blend_control import BlendControl, BlendDecision, BlendWork
 from kvstore.codec import Codec
 from kvstore.connectors.blend.engine import blend_into
-from kvstore.connectors.blend.loading import SpanLoader, SpansLostError, WantedChunk
+from kvstore.connectors.blend.landing import WantedChunk
+from kvstore.connectors.blend.loading import SpanLoader, SpansLostError
 from kvstore.connectors.blend.outcomes import Reused
 from kvstore.connectors.blend.passing import BlendPass, has_ratio, with_ratio
 from kvstore.connectors.blend.policy import Policy
 from kvstore.connectors.blend.prompt import Prompt, assemble
-from kvstore.connectors.blend.sources import KV, Source
+from kvstore.connectors.blend.sources import KV, Source, document_numbers
 from kvstore.connectors.hf_generate import Ids
 from kvstore.connectors.prefix import PrefixStore, replaceable
+from kvstore.connectors.store_errors import unavailable
 from kvstore.connectors.torch_kv import TorchKV
 from kvstore.cost import CostModel
 from kvstore.errors import ConfigError, SpecError
 from kvstore.gate import Verdict
-from kvstore.outcome import Miss, Reason
+from kvstore.outcome import Miss
 from kvstore.span_plan import PlanOptions, SpanPlan
 from kvstore.span_planning import recompute_all
 from kvstore.spans import Span
@@ -112,8 +114,7 @@ class BlendRun:
         except (ConfigError, SpecError):
             raise
         except Exception as error:  # whatever goes wrong with the store must not reach the engine
-            line = f"{type(error).__name__}: {error}".splitlines()[0]
-            plan = recompute_all(len(self._ids), Miss(Reason.UNAVAILABLE, line), options)
+            plan = recompute_all(len(self._ids), unavailable(error), options)
         return plan, (time.perf_counter() - started) * 1e3
 
     def _load_prefix(self, tokens_max: int) -> None:
@@ -227,10 +228,8 @@ class BlendRun:
         sources = []
         if begin:
             sources.append(Source(0, self._ids[:begin], self._beginning(begin), exact=True, document=-1))
-        document, behind = 0, (0, 0)
-        for span, layer, noise in parts:
-            document += (span.start, span.position) != behind
-            behind = span.stop, span.position + span.tokens
+        documents = document_numbers([(span.start, span.stop, span.position) for span, _, _ in parts])
+        for document, (span, layer, noise) in zip(documents, parts, strict=True):
             ids = self._ids[span.start : span.stop]
             sources.append(Source(span.start, ids, layer, position=span.position, document=document, noise=noise))
         return assemble(self._ids, sources, self._prefixes.spec.layers)

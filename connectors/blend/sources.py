@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,3 +74,28 @@ class Source:
 def of_layers(layers: Sequence[KV]) -> Callable[[int], KV]:
     """The accessor of a source whose layers are all there."""
     return layers.__getitem__
+
+
+def of_tokens(layers: Sequence[KV], tokens: slice) -> Callable[[int], KV]:
+    """The accessor of a source of some of the tokens of layers that are all there."""
+
+    def layer(index: int) -> KV:
+        keys, values = layers[index]
+        return keys[:, tokens], values[:, tokens]
+
+    return layer
+
+
+def document_numbers(pieces: Iterable[tuple[int, int, int]]) -> list[int]:
+    """A number for the document of each piece of a prompt: pieces that follow one another are of the same.
+
+    Args:
+        pieces: from left to right, places start and stop in the prompt, and the position that the first of its tokens
+            was computed at.
+    """
+    numbers, document, behind = [], 0, (0, 0)
+    for start, stop, position in pieces:
+        document += (start, position) != behind
+        behind = stop, position + stop - start
+        numbers.append(document)
+    return numbers

@@ -10,6 +10,7 @@ from kvstore.client import Client
 from kvstore.codecs import registry
 from kvstore.connect import connect
 from kvstore.connectors.prefix import PrefixStore
+from kvstore.connectors.store_errors import one_line
 from kvstore.connectors.vllm.settings import VllmSettings
 from kvstore.connectors.vllm.weighing import WorkerCosts
 from kvstore.errors import CodecError, ContainerError, KVStoreError
@@ -46,7 +47,7 @@ class Connection:
                 try:
                     self._client = connect(self._url, token=self._token or None, timeout_ms=CONNECT_TIMEOUT_MS)
                 except (KVStoreError, OSError) as error:
-                    detail = f"{type(error).__name__}: {error}".splitlines()[0]
+                    detail = one_line(error)
                     if detail != self._failure.detail:
                         _log.warning("no store, so nothing is reused until there is one: %s", detail)
                     self._failure = Miss(Reason.UNAVAILABLE, detail)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
-
-from kvstore.chunk import check_coverage, decode_groups
 from kvstore.chunk_put import chunk_put
 from kvstore.client import Client, Part, PutChunk
 from kvstore.codec import Codec
-from kvstore.codecs import registry
-from kvstore.connectors.blend.sources import KV, Source
+from kvstore.connectors.blend.landing import Landing, WantedChunk
+from kvstore.connectors.blend.sources import Source, document_numbers, of_tokens
 from kvstore.connectors.objects import fetch_objects
 from kvstore.connectors.vllm.blend_messages import Piece, StoredPiece
 from kvstore.connectors.vllm.paged import Staging
-from kvstore.container import FLAG_CONTENT_KEY, FLAG_FROM_LOSSY, ChunkMeta, expect
+from kvstore.container import FLAG_CONTENT_KEY, ChunkMeta
 from kvstore.errors import ContainerError
+from kvstore.gate import Verdict
 from kvstore.outcome import Miss, Reason
 from kvstore.sidecar import KIND_TOKENS, put_packed
 from kvstore.spec import KVSpec
@@ -30,12 +27,14 @@ class Pieces:
         client: the store.
         spec: geometry of the model's KV.
         fingerprint: the model's name.
+        tokens_max: of a chunk; a longer one is none of ours.
     """
 
-    def __init__(self, client: Client, spec: KVSpec, fingerprint: bytes) -> None:
+    def __init__(self, client: Client, spec: KVSpec, fingerprint: bytes, *, tokens_max: int) -> None:
         self._client = client
         self._spec = spec
         self._fingerprint = fingerprint
+        self._tokens_max = tokens_max
         self.nbytes = 0
 
     def load(
@@ -45,56 +44,43 @@ class Pieces:
 
         What is stored and damaged is deleted, so that it can be stored again.
         """
-        rooms: dict[int, Staging] = {}
+        landings: dict[int, Landing] = {}
         unfit: list[Miss] = []
 
         def take(index: int, part: Part) -> None:
-            found = self._take(part, pieces[index])
-            if isinstance(found, Miss):
-                unfit.append(found)
-            else:
-                rooms[index] = found
+            try:
+                landings[index] = self._take(part, pieces[index])
+            except ContainerError as error:
+                if error.reason != Reason.UNGATED:
+                    raise
+                unfit.append(Miss(error.reason, error.detail))  # it is sound, and of use to others
 
         misses = fetch_objects(self._client, [piece.key for piece in pieces], take, deadline_ms=deadline_ms)
         for miss in [*misses, *unfit]:
             if miss is not None:
                 return miss
-        sources, document, behind = [], 0, (0, 0)
-        for index, piece in enumerate(pieces):
-            document += (piece.start, piece.position) != behind  # else it goes on with the document before it
-            behind = piece.stop, piece.position + piece.stop - piece.start
-            sources.append(self._source(tokens, piece, rooms[index], start, document))
-        return sources
+        documents = document_numbers([(piece.start, piece.stop, piece.position) for piece in pieces])
+        return [
+            self._source(tokens, piece, landings[index], start, documents[index]) for index, piece in enumerate(pieces)
+        ]
 
-    def _take(self, part: Part, piece: Piece) -> Staging | Miss:
-        """A piece's KV, every byte verified; a miss if it may not be used. Raises ContainerError if it is damaged."""
-        header = part.header
-        if header is None or len(part.groups) != len(header.groups()):
+    def _take(self, part: Part, piece: Piece) -> Landing:
+        """A piece's KV, every byte verified. Raises ContainerError if it may not be used."""
+        tokens = piece.stop - piece.start
+        wanted = WantedChunk(key=piece.key, tokens=tokens, position=piece.position, exact=piece.exact)
+        landing = Landing(wanted, self._spec, self._fingerprint, _exact_only, tokens_max=self._tokens_max)
+        if landing.take(part) < self._spec.layers or part.header is None:
             raise ContainerError(Reason.MALFORMED, "the store answered a chunk in parts")
-        expect(header, key=piece.key, fingerprint=self._fingerprint)
-        meta = header.meta
-        if meta.spec != self._spec or bool(meta.flags & FLAG_CONTENT_KEY) == piece.exact:
-            raise ContainerError(Reason.MALFORMED, "the container is of another geometry, or of another kind of key")
-        if meta.tokens < piece.stop - piece.start or meta.first_position != piece.position:
-            raise ContainerError(Reason.MALFORMED, "the container has other tokens than its key says")
-        codec = registry.get(header.codec, header.profile)
-        if not codec.exact or meta.flags & FLAG_FROM_LOSSY:
-            return Miss(Reason.UNGATED, f"codec {header.codec!r} is lossy; blending in vLLM reads exact chunks only")
-        check_coverage(header)
-        staging = Staging(self._spec, meta.tokens, torch.device("cpu"))
-        decode_groups(codec, part.groups, staging.arrays, self._spec)
-        if time.monotonic() > part.expires_at:
-            raise ContainerError(Reason.DEADLINE, "the lease on the chunk's bytes expired while they were read")
-        self.nbytes += header.total_bytes
-        return staging
+        self.nbytes += part.header.total_bytes
+        return landing
 
-    def _source(self, tokens: Sequence[int], piece: Piece, staging: Staging, start: int, document: int) -> Source:
+    def _source(self, tokens: Sequence[int], piece: Piece, landing: Landing, start: int, document: int) -> Source:
         first = max(piece.start, start)
         used = slice(first - piece.start, piece.stop - piece.start)
         return Source(
             first,
             tokens[first : piece.stop],
-            _part_of(staging.layers, used),
+            of_tokens(landing.tensors, used),
             position=piece.position + first - piece.start,
             exact=piece.exact,
             document=document,
@@ -103,7 +89,7 @@ class Pieces:
 
 def exact_beginning(tokens: Sequence[int], staging: Staging, stop: int) -> Source:
     """What an engine's blocks have of a prompt, its first `stop` tokens, as a source."""
-    return Source(0, tokens[:stop], _part_of(staging.layers, slice(0, stop)), exact=True, document=-1)
+    return Source(0, tokens[:stop], of_tokens(staging.layers, slice(0, stop)), exact=True, document=-1)
 
 
 def puts_of(
@@ -123,9 +109,7 @@ def puts_of(
     return chunk, put_packed(piece.sidecar, piece.key, fingerprint, KIND_TOKENS)
 
 
-def _part_of(layers: Sequence[KV], tokens: slice) -> Callable[[int], KV]:
-    def layer(index: int) -> KV:
-        keys, values = layers[index]
-        return keys[:, tokens], values[:, tokens]
-
-    return layer
+def _exact_only(codec: Codec, level: int) -> Verdict:
+    if codec.exact:
+        return Verdict(True)
+    return Verdict(False, f"codec {codec.id!r} is lossy; blending in vLLM reads exact chunks only")

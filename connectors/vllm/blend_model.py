@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from kvstore.connectors.store_errors import one_line
 from kvstore.errors import UnsupportedModelError
 
 
@@ -122,6 +123,6 @@ class ModelFinder:
                 raise UnsupportedModelError(f"{type(module).__module__} is not one of vLLM's own implementations")
             found, problem = RowsModel(module), ""
         except Exception as error:  # the engine's forward pass goes on
-            found, problem = None, f"{type(error).__name__}: {error}".splitlines()[0]
+            found, problem = None, one_line(error)
         with self._lock:
             self._model, self._problem = found, problem

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import msgspec
 
 from kvstore.client import Client
+from kvstore.connectors.store_errors import unavailable
 from kvstore.connectors.vllm.access import StoreAccess
+from kvstore.connectors.vllm.asking import Asking, answered
 from kvstore.connectors.vllm.blend_messages import Piece
 from kvstore.connectors.vllm.blend_requests import BlendAsked
 from kvstore.connectors.vllm.lookups import Schemes
@@ -44,22 +45,16 @@ class BlendPlans:
         self._access = access
         self._schemes = schemes
         self._context_tokens = context_tokens
-        self._free = threading.BoundedSemaphore(PLANS_MAX)
-        self._pool = ThreadPoolExecutor(PLAN_THREADS, thread_name_prefix="kvstore-plan")
+        self._asking = Asking(PLAN_THREADS, PLANS_MAX, "kvstore-plan")
 
     def ask(self, tokens: Sequence[int], asked: BlendAsked) -> Future[Plan]:
         """What of a prompt is stored; a miss at once if too many are being asked for."""
-        if not self._free.acquire(blocking=False):
-            refused: Future[Plan] = Future()
-            refused.set_result(Miss(Reason.BUSY, f"{PLANS_MAX} plans are waiting"))
-            return refused
-        future = self._pool.submit(self._ask, tokens, asked)
-        future.add_done_callback(lambda _: self._free.release())
-        return future
+        plan = self._asking.ask(lambda: self._ask(tokens, asked))
+        return answered(Miss(Reason.BUSY, f"{PLANS_MAX} plans are waiting")) if plan is None else plan
 
     def close(self) -> None:
         """Answer nothing any more."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._asking.close(wait=False)
 
     def _ask(self, tokens: Sequence[int], asked: BlendAsked) -> Plan:
         try:
@@ -73,7 +68,7 @@ class BlendPlans:
         except KVStoreError as error:
             return Miss(Reason.MALFORMED, f"{error}".splitlines()[0])
         except Exception as error:  # whatever goes wrong with the store must not reach the engine
-            return Miss(Reason.UNAVAILABLE, f"{type(error).__name__}: {error}".splitlines()[0])
+            return unavailable(error)
 
 
 def pieces_of(spans: Sequence[Span], chunk_tokens: int) -> list[Piece] | Miss:

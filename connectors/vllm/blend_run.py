@@ -15,8 +15,8 @@ from kvstore.connectors.blend.choices import Choices
 from kvstore.connectors.blend.memory import BlendMemory
 from kvstore.connectors.blend.moving import KeyMover
 from kvstore.connectors.blend.policy import Policy
-from kvstore.connectors.blend.prompt import Kind, assemble
-from kvstore.connectors.blend.report import BlendReport
+from kvstore.connectors.blend.prompt import assemble
+from kvstore.connectors.blend.report import BlendReport, report_of
 from kvstore.connectors.blend.sources import Source
 from kvstore.connectors.torch_kv import TorchKV
 from kvstore.connectors.vllm.blend_model import RowsModel
@@ -65,13 +65,4 @@ def blend_beginning(
     choices = Choices(chooser, prompt, memory, needed) if chooser.compares else None
     run = RowsRun(model, memory, prompt.ids, deadline, computed=choices)
     run.run(torch.nonzero(needed | chosen)[:, 0])
-    return BlendReport(
-        policy=policy.name,
-        prompt_tokens=prompt.tokens,
-        exact_tokens=int((prompt.kind == Kind.EXACT).sum()),
-        moved_tokens=int(prompt.moved.sum()),
-        fresh_tokens=int(prompt.fresh.sum()),
-        mismatched_tokens=prompt.mismatched,
-        moved_rows=tuple(int(prompt.moved[rows].sum()) for rows in run.rows_of_layers),
-        extra_rows=(extra,) * prompt.layers,
-    )
+    return report_of(policy.name, prompt, run.rows_of_layers, extra)

@@ -22,6 +22,7 @@ from kvstore.codecs import registry
 from kvstore.connectors.blend.report import BlendReport
 from kvstore.connectors.blend.sources import Source
 from kvstore.connectors.objects import put_objects
+from kvstore.connectors.store_errors import unavailable
 from kvstore.connectors.torch_kv import TorchKV
 from kvstore.connectors.vllm.access import StoreAccess, exact_codec
 from kvstore.connectors.vllm.blend_loading import Pieces, exact_beginning, puts_of
@@ -95,7 +96,7 @@ class Blending:
             found = Miss(Reason.DEADLINE, f"computing ended {error}")
         except Exception as error:  # whatever goes wrong here must not reach the engine
             _log.exception("a request is not blended")
-            found = Miss(Reason.UNAVAILABLE, f"{type(error).__name__}: {error}".splitlines()[0])
+            found = unavailable(error)
         compute_ms = (time.perf_counter() - started) * 1e3
         with self._lock:
             self._received.add(job.request_id)
@@ -164,13 +165,14 @@ class Blending:
             elif time.monotonic() > late_at:
                 found = Miss(Reason.DEADLINE, "it waited for other loads")
             else:
-                pieces = Pieces(client, self._pages.spec, job.fingerprint)
+                tokens_max = self._settings.chunk_tokens
+                pieces = Pieces(client, self._pages.spec, job.fingerprint, tokens_max=tokens_max)
                 deadline_ms = min(self._settings.load_deadline_ms, self._blend.deadline_ms)
                 found = pieces.load(job.tokens, job.pieces, job.start, deadline_ms)
                 nbytes = pieces.nbytes
         except Exception as error:  # whatever goes wrong with the store must not reach the engine
             _log.exception("the documents of a request are not loaded")
-            found = Miss(Reason.UNAVAILABLE, f"{type(error).__name__}: {error}".splitlines()[0])
+            found = unavailable(error)
         load_ms = (time.perf_counter() - started) * 1e3
         with self._lock:
             self._loaded.append(_Loaded(job, found, load_ms, nbytes))

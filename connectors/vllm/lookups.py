@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import msgspec
 
 from kvstore.client import Client
+from kvstore.connectors.store_errors import unavailable
 from kvstore.connectors.vllm.access import StoreAccess
+from kvstore.connectors.vllm.asking import Asking, answered
 from kvstore.keys import KeyScheme
 from kvstore.outcome import Lookup, Miss, Reason
 
@@ -50,23 +51,19 @@ class Lookups:
     def __init__(self, access: StoreAccess, schemes: Schemes) -> None:
         self._access = access
         self._schemes = schemes
-        self._free = threading.BoundedSemaphore(LOOKUPS_MAX)
-        self._pool = ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="kvstore-lookup")
+        self._asking = Asking(LOOKUP_THREADS, LOOKUPS_MAX, "kvstore-lookup")
 
     def ask(self, tokens: Sequence[int], cache_salt: str) -> Future[Answer]:
         """What the store has of a prompt; an empty answer at once if too many are being asked for."""
-        if not self._free.acquire(blocking=False):
-            refused: Future[Answer] = Future()
-            stop = Miss(Reason.BUSY, f"{LOOKUPS_MAX} lookups are waiting")
-            refused.set_result(Answer([], Lookup((), stop), time.monotonic()))
-            return refused
-        future = self._pool.submit(self._ask, tokens, cache_salt)
-        future.add_done_callback(lambda _: self._free.release())
-        return future
+        asked = self._asking.ask(lambda: self._ask(tokens, cache_salt))
+        if asked is not None:
+            return asked
+        stop = Miss(Reason.BUSY, f"{LOOKUPS_MAX} lookups are waiting")
+        return answered(Answer([], Lookup((), stop), time.monotonic()))
 
     def close(self) -> None:
         """Answer nothing any more."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._asking.close(wait=False)
 
     def _ask(self, tokens: Sequence[int], cache_salt: str) -> Answer:
         chain: list[bytes] = []
@@ -75,5 +72,5 @@ class Lookups:
             client = self._access.client()
             found = client.lookup(chain) if isinstance(client, Client) else Lookup((), client)
         except Exception as error:  # whatever goes wrong with the store must not reach the engine
-            found = Lookup((), Miss(Reason.UNAVAILABLE, f"{type(error).__name__}: {error}".splitlines()[0]))
+            found = Lookup((), unavailable(error))
         return Answer(chain, found, time.monotonic())

@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from kvstore.config import unknown_name
 from kvstore.connectors.prefix import LoadPolicy
+from kvstore.connectors.reading_settings import read_struct
 from kvstore.connectors.vllm.blend_settings import BlendSettings
 from kvstore.errors import ConfigError
 from kvstore.keys import DEFAULT_CHUNK_TOKENS
@@ -70,14 +70,5 @@ def read_settings(extra: Mapping[str, Any]) -> VllmSettings:
     Raises:
         ConfigError: a name or value is wrong; the message names it.
     """
-    names = set(VllmSettings.__struct_fields__)
-    for name in extra:
-        if name not in names:
-            raise unknown_name("setting in kv_connector_extra_config", name, names)
-    if "url" not in extra:
-        raise ConfigError("kv_connector_extra_config has no url; give the daemon's, e.g. unix:/run/kvstore.sock")
-    given = {"token": os.environ.get(TOKEN_VARIABLE, ""), **extra}
-    try:
-        return msgspec.convert(given, VllmSettings)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"kv_connector_extra_config: {error}") from error
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    return read_struct(VllmSettings, {"token": token, **extra}, "kv_connector_extra_config")

@@ -12,9 +12,10 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
+from kvstore.connectors.vllm.asking import Asking
 from kvstore.outcome import Miss, Reason
 
 LOOKUP_THREADS = 2
@@ -51,8 +52,7 @@ class TierLookups:
         self._verdicts: dict[bytes, _Verdict] = {}
         self._pages_of: defaultdict[str, set[bytes]] = defaultdict(set)
         self._new: list[tuple[bytes, _Verdict]] = []
-        self._free = threading.BoundedSemaphore(BATCHES_MAX)
-        self._pool = ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="kvstore-tier-lookup")
+        self._asking = Asking(LOOKUP_THREADS, BATCHES_MAX, "kvstore-tier-lookup")
         self._lock = threading.Lock()
         self._misses: Counter[Reason] = Counter()
 
@@ -75,9 +75,7 @@ class TierLookups:
         asked, self._new = self._new, []
         for start in range(0, len(asked), BATCH_PAGES_MAX):
             batch = asked[start : start + BATCH_PAGES_MAX]
-            if self._free.acquire(blocking=False):
-                self._pool.submit(self._ask, batch).add_done_callback(lambda _: self._free.release())
-            else:
+            if self._asking.ask(partial(self._ask, batch)) is None:
                 self._settle([verdict for _, verdict in batch], Reason.BUSY)
 
     def failed(self, pages: Collection[bytes]) -> None:
@@ -103,7 +101,7 @@ class TierLookups:
 
     def close(self) -> None:
         """Ask nothing any more. Waits for the questions that are being asked, which the client bounds. Idempotent."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._asking.close(wait=True)
 
     def _ask(self, batch: list[tuple[bytes, _Verdict]]) -> None:
         try:

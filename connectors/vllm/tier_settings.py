@@ -11,6 +11,7 @@ import msgspec
 
 from kvstore.config import unknown_name
 from kvstore.connect import SCHEMES
+from kvstore.connectors.reading_settings import read_struct
 from kvstore.connectors.vllm.settings import TOKEN_VARIABLE
 from kvstore.errors import ConfigError
 
@@ -48,16 +49,5 @@ def read_tier_settings(given: Mapping[str, Any]) -> TierSettings:
     Raises:
         ConfigError: a name or value is wrong; the message names it.
     """
-    names = TierSettings.__struct_fields__
-    for name in given:
-        if name not in names:
-            raise unknown_name("setting of the kvstore tier", name, names)
-    if "url" not in given:
-        raise ConfigError("the kvstore tier has no url; give the store's, e.g. unix:/run/kvstore.sock")
-    values = {"token": os.environ.get(TOKEN_VARIABLE, ""), **given}
-    try:
-        return msgspec.convert(values, TierSettings)
-    except msgspec.ValidationError as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from error
-        raise ConfigError(f"settings of the kvstore tier: {error}") from error
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    return read_struct(TierSettings, {"token": token, **given}, "the kvstore tier")

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.connectors.lanes import Lane
+from kvstore.connectors.objects import milliseconds_until
 from kvstore.connectors.pages import Page
 from kvstore.connectors.vllm.tier_pages import TierPages
 from kvstore.connectors.vllm.tier_settings import TierSettings
@@ -73,7 +74,7 @@ class TierTransfers:
             pages = self._pages.get(deadline)
             if isinstance(pages, Miss):
                 return [pages] * (stop - start)
-            return pages.load(targets[start:stop], deadline_ms=_milliseconds_until(deadline))
+            return pages.load(targets[start:stop], deadline_ms=milliseconds_until(deadline))
 
         def finish(outcomes: list[Miss | None]) -> FinishedJob:
             counts = Counter("loaded" if miss is None else f"failed_{miss.reason}" for miss in outcomes)
@@ -91,7 +92,7 @@ class TierTransfers:
             pages = self._pages.get(deadline)
             if isinstance(pages, Miss):
                 return [PutStatus(stored=False, reason=pages.reason, detail=pages.detail)] * (stop - start)
-            return pages.store(sources[start:stop], deadline_ms=_milliseconds_until(deadline))
+            return pages.store(sources[start:stop], deadline_ms=milliseconds_until(deadline))
 
         def finish(outcomes: list[PutStatus]) -> FinishedJob:
             return _finished(
@@ -141,7 +142,3 @@ def _word(put: PutStatus) -> str:
     if put.existed:
         return "existing"
     return "saved" if put.stored else f"unsaved_{put.reason}"
-
-
-def _milliseconds_until(deadline: float) -> float:
-    return max(0.0, deadline - time.monotonic()) * 1e3

@@ -19,6 +19,7 @@ import msgspec
 
 from kvstore.connector import Loaded, Stored
 from kvstore.connectors.prefix import PrefixStore
+from kvstore.connectors.store_errors import unavailable
 from kvstore.connectors.vllm.access import StoreAccess
 from kvstore.connectors.vllm.messages import FailedLoad, LoadJob, SaveJob, StepPlan, StepReport
 from kvstore.connectors.vllm.paged import BlockMemory, BlockRange, PagedKV, Staging
@@ -170,7 +171,7 @@ class Transfers:
             loaded = Loaded(stop=Miss(Reason.DEADLINE, "it waited for other loads")) if late else self._fetch(job)
         except Exception as error:  # whatever goes wrong with the store must not reach the engine
             _log.exception("a load failed")
-            loaded = Loaded(stop=Miss(Reason.UNAVAILABLE, f"{type(error).__name__}: {error}".splitlines()[0]))
+            loaded = Loaded(stop=unavailable(error))
         tokens = min((job.first_chunk + loaded.chunks) * self._chunk, job.stop)
         whole = loaded.chunks == len(job.keys)
         with self._lock:

@@ -22,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", required=True, nargs="+", metavar="FILE", help="text like that of the prompts to come"
     )
     parser.add_argument(
-        "--out", required=True, metavar="FILE", help="where the profile goes; a directory names it by its id"
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="where the profile goes; a directory, one of KVSTORE_PROFILES say, names it by its id",
     )
     parser.add_argument(
         "--profile",

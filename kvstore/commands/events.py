@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 from kvstore.client import Client
 from kvstore.commands.target import add_target, connect_target
+from kvstore.config import unknown_name
 from kvstore.errors import ConfigError
 from kvstore.events import KINDS, Event
 from kvstore.sse import to_json
@@ -53,7 +54,15 @@ def run(arguments: argparse.Namespace) -> int:
 def follow(
     arguments: argparse.Namespace, client: Client, after: int | None, take: Callable[[Event], int | None]
 ) -> int:
-    """Hand events to `take` until it answers an exit code, or the count, the time or the daemon has ended."""
+    """Hand events to `take` until it answers an exit code, or the count, the time or the daemon has ended.
+
+    Raises:
+        ConfigError: the daemon has no tier of a name that is asked for.
+    """
+    tiers = client.stats().get("tiers", {})
+    for name in arguments.tier:
+        if tiers and name not in tiers:
+            raise unknown_name("tier", name, tiers)
     left = arguments.count or math.inf
     with client.events(
         after=after, tiers=arguments.tier, kinds=arguments.kind, deadline_ms=arguments.seconds * 1000

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kvstore import gate, gate_records
+from kvstore import gate, gate_records, record_files
 from kvstore.commands import gate_blend
+from kvstore.commands.limits import limits_of
 from kvstore.config import unknown_name
 from kvstore.errors import ConfigError, ContainerError
 from kvstore.keys import DEFAULT_CHUNK_TOKENS, ROOT
@@ -73,10 +73,16 @@ def run(arguments: argparse.Namespace) -> int:
     for flag, low in (("tokens", 1), ("following", 1), ("recall_prompts", 1), ("chunk_tokens", 1), ("seed", 0)):
         if getattr(arguments, flag) < low:
             raise ConfigError(f"--{flag.replace('_', '-')} is {getattr(arguments, flag)}; give at least {low}")
-    limits = gate.STANDARD if arguments.blend else _limits(arguments.purpose, arguments.limit)
+    limits = gate.STANDARD if arguments.blend else limits_of(gate.PURPOSES, arguments.purpose, arguments.limit)
     directory = _directory(arguments.out, arguments.profile)
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"--out: {directory} is not a directory")
     if arguments.json and not Path(arguments.json).resolve().parent.is_dir():
         raise ConfigError(f"--json: there is no directory {Path(arguments.json).resolve().parent}")
+    if arguments.json and Path(arguments.json).is_dir():
+        raise ConfigError(f"--json: {arguments.json} is a directory; name a file")
+    if not arguments.blend and (given := gate_blend.given(arguments)):
+        raise ConfigError(f"{given} is for --blend; give that too, or leave it out")
     codecs = [] if arguments.blend else _codecs(arguments.codecs, arguments.profile)
     if "torch" not in sys.modules:  # its threads spin while they wait, which on busy cores takes many times as long
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -131,30 +137,13 @@ def table(report: GateReport) -> str:
     )
 
 
-def _limits(purpose: str, changes: Sequence[str]) -> gate.Limits:
-    if purpose not in gate.PURPOSES:
-        raise unknown_name("purpose", purpose, gate.PURPOSES)
-    values: dict[str, float] = {}
-    for change in changes:
-        name, equals, value = change.partition("=")
-        if not equals:
-            raise ConfigError(f"--limit {change!r}: write NAME=VALUE")
-        if name not in gate.Limits.__struct_fields__:
-            raise unknown_name("limit", name, gate.Limits.__struct_fields__)
-        try:
-            values[name] = int(value) if name == "scored_tokens_min" else float(value)
-        except ValueError as error:
-            raise ConfigError(f"--limit {name}: {value!r} is not a number") from error
-    return msgspec.structs.replace(gate.PURPOSES[purpose], **values)
-
-
 def _directory(out: str | None, profile: str | None) -> Path:
     """Where records go. Raises ConfigError, before anything is measured, if nothing says where."""
     if out is not None:
         return Path(out)
     if profile is not None:
         return Path(profile).resolve().parent
-    if places := gate_records.directories():
+    if places := record_files.directories():
         return places[0]
     raise ConfigError("say where records go: --out DIR, or set KVSTORE_PROFILES to the directory of profiles")
 

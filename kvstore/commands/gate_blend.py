@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kvstore import blend_gate, blend_records
-from kvstore.config import unknown_name
+from kvstore.commands.limits import limits_of
 from kvstore.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,6 +51,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"{text} (default %(default)s)")
 
 
+def given(arguments: argparse.Namespace) -> str:
+    """The first flag given that only counts with --blend, "" if there is none."""
+    flags: dict[str, object] = {
+        "--policy": None,
+        "--policy-settings": "{}",
+        "--ratio": [],
+        "--preamble": None,
+        "--passages": PASSAGES_DEFAULT,
+        "--passage-tokens": PASSAGE_TOKENS_DEFAULT,
+        "--query-tokens": QUERY_TOKENS_DEFAULT,
+    }
+    return next((flag for flag, default in flags.items() if getattr(arguments, _field(flag)) != default), "")
+
+
+def _field(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
 def run(
     arguments: argparse.Namespace,
     directory: Path,
@@ -69,7 +87,7 @@ def run(
     if not all(0 <= ratio <= 1 for ratio in ratios):
         raise ConfigError(f"--ratio: {', '.join(map(str, ratios))}; each must be in 0..1")
     policy = registry.get(arguments.policy or registry.DEFAULT, **_settings(arguments.policy_settings))
-    limits = _limits(arguments.purpose, arguments.limit)
+    limits = limits_of(blend_gate.PURPOSES, arguments.purpose, arguments.limit)
     lossy = [codec for codec in codecs() if not codec.exact] if arguments.codecs else []
     model = load_model(arguments.model, arguments.dtype, arguments.device)
     tokenizer = load_tokenizer(arguments.model)
@@ -141,21 +159,6 @@ def _settings(text: str) -> dict[str, Any]:
     if not isinstance(settings, dict) or "ratio" in settings:
         raise ConfigError("--policy-settings is not an object of settings besides the ratio; give that with --ratio")
     return settings
-
-
-def _limits(purpose: str, changes: Sequence[str]) -> blend_gate.BlendLimits:
-    if purpose not in blend_gate.PURPOSES:
-        raise unknown_name("purpose", purpose, blend_gate.PURPOSES)
-    values: dict[str, float] = {}
-    for change in changes:
-        name, equals, value = change.partition("=")
-        if not equals or name not in blend_gate.BlendLimits.__struct_fields__:
-            raise unknown_name("limit", name, blend_gate.BlendLimits.__struct_fields__)
-        try:
-            values[name] = int(value) if name == "scored_tokens_min" else float(value)
-        except ValueError as error:
-            raise ConfigError(f"--limit {name}: {value!r} is not a number") from error
-    return msgspec.structs.replace(blend_gate.PURPOSES[purpose], **values)
 
 
 def _preamble(tokenizer: Any, path: str) -> list[int]:

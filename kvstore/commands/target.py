@@ -20,5 +20,5 @@ def connect_target(arguments: argparse.Namespace) -> Client:
     if arguments.token_file:
         from kvstore.service.auth import read_token
 
-        token = read_token(arguments.token_file)
+        token = read_token(arguments.token_file, "--token-file")
     return connect(arguments.url, token=token)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from kvstore import blend_gate, gate
+import msgspec
+
+from kvstore import blend_gate
 from kvstore.blend_gate import BlendMetrics, BlendRecord
 from kvstore.codec import Codec
 from kvstore.connectors.blend.passing import settings_of
 from kvstore.connectors.blend.policy import Policy
 from kvstore.gate import GateRecord
+from kvstore.testing.lossy_chunks import passes
 
 GOOD = BlendMetrics(scored_tokens=4096, kl_nats=0.01, kl_concat_nats=0.1, top1_agreement=0.99)
 BAD = BlendMetrics(scored_tokens=4096, kl_nats=2.0, kl_concat_nats=2.0, top1_agreement=0.4)
@@ -49,28 +52,5 @@ def blend_record(
 
 def gate_record(fingerprint: bytes, codec: Codec, level: int) -> GateRecord:
     """A record by which a codec passes up to a level on a model."""
-    metrics = gate.Metrics(
-        bits_per_element=8.0,
-        key_error=0.0,
-        value_error=0.0,
-        attention_error=0.0,
-        scored_tokens=4096,
-        kl_nats=0.0,
-        top1_agreement=1.0,
-        loss_full_nats=1.0,
-        loss_nats=1.0,
-        loss_change_error_nats=0.0,
-    )
-    return GateRecord(
-        fingerprint=fingerprint.hex(),
-        codec=codec.id,
-        variant=codec.variant,
-        profile=codec.profile.hex(),
-        chunk_tokens=256,
-        text_digest="00" * 32,
-        text_tokens=4096,
-        seed=0,
-        writer="test",
-        limits=gate.STANDARD,
-        levels=tuple(gate.LevelResult(own, metrics) for own in range(level + 1)),
-    )
+    record = passes(codec.id, *range(level + 1), fingerprint=fingerprint)
+    return msgspec.structs.replace(record, variant=codec.variant, profile=codec.profile.hex())

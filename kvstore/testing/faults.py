@@ -1,8 +1,7 @@
 """A device that fails: system calls that go wrong on purpose, as a plan says.
 
 `FaultyIo` stands where a tier takes its system calls from (`kvstore.tiers.directio.Io`, the `io` of `NvmeTier`), in
-front of the real ones or of a simulated disk. What fails is decided by a plan: call by call (`NthCall`, for a loop over
-every n), or at random from a seed (`RandomFaults`).
+front of the real ones or of a simulated disk. What fails is decided by a plan, such as `RandomFaults`, from a seed.
 
     EIO      the call fails and nothing has happened
     ENOSPC   the call fails for want of space
@@ -29,8 +28,6 @@ from typing import Protocol
 from kvstore.buffers import aligned_buffer
 from kvstore.tier import IO_ALIGN
 from kvstore.tiers.directio import Io
-
-CALLS = ("open", "read", "write", "sync", "allocate")
 
 
 class Fault(enum.StrEnum):
@@ -60,22 +57,7 @@ class FaultPlan(Protocol):
     """Says for one call after the other what goes wrong."""
 
     def decide(self, call: str) -> Fault | None:
-        """What is to happen to this call, one of CALLS; None: it works."""
-
-
-class NthCall:
-    """The `nth` call that can go wrong in that way does, and no other; counted from 1. `calls` says how many came."""
-
-    def __init__(self, fault: Fault, nth: int) -> None:
-        self._fault = fault
-        self._nth = nth
-        self.calls = 0
-
-    def decide(self, call: str) -> Fault | None:
-        if self._fault not in POSSIBLE[call]:
-            return None
-        self.calls += 1
-        return self._fault if self.calls == self._nth else None
+        """What is to happen to this call, one of POSSIBLE; None: it works."""
 
 
 class RandomFaults:

@@ -37,7 +37,7 @@ class MemoryClient(Client):
     def put(
         self, chunks: Sequence[PutChunk], *, durable: bool = False, deadline_ms: float | None = None
     ) -> list[PutStatus]:
-        self.calls.append("put")
+        self._called("put")
         return [self._put(chunk) for chunk in chunks]
 
     def _put(self, chunk: PutChunk) -> PutStatus:
@@ -49,7 +49,7 @@ class MemoryClient(Client):
         return PutStatus(stored=True)
 
     def lookup(self, keys: Sequence[bytes]) -> Lookup:
-        self.calls.append("lookup")
+        self._called("lookup")
         found = next((index for index, key in enumerate(keys) if key not in self.chunks), len(keys))
         miss = None if found == len(keys) else Miss(Reason.ABSENT, f"chunk {found}")
         return Lookup((TIER,) * found, miss, tuple(len(self.chunks[key]) for key in keys[:found]))
@@ -64,8 +64,13 @@ class MemoryClient(Client):
         max_quality: int | None = None,
         decode: bool = False,
     ) -> Iterator[Part]:
-        self.calls.append("fetch")
+        self._called("fetch")
         deadline = None if deadline_ms is None else time.monotonic() + deadline_ms / 1e3
+        return self._parts(keys, order, deadline, max_quality)
+
+    def _parts(
+        self, keys: Sequence[bytes], order: Order, deadline: float | None, max_quality: int | None
+    ) -> Iterator[Part]:
         if order == "chunk":
             for index, key in enumerate(keys):
                 late = deadline is not None and time.monotonic() > deadline
@@ -97,7 +102,7 @@ class MemoryClient(Client):
         return explain_chain(keys, self.head(keys), lambda _: None)
 
     def plan(self, tokens: Tokens, keys: KeyScheme, options: PlanOptions = PLAN_DEFAULT) -> SpanPlan:
-        self.calls.append("plan")
+        self._called("plan")
         index = SpanIndex()
         for container in self.chunks.values():
             if parse(memoryview(container)).codec == CODEC_ID:
@@ -150,13 +155,16 @@ class MemoryClient(Client):
     def close(self) -> None:
         self.chunks.clear()
 
+    def _called(self, verb: str) -> None:
+        self.calls.append(verb)
+
 
 class FaultyClient(MemoryClient):
     """A MemoryClient in which chosen things go wrong.
 
-    `before` maps a verb to something called before the verb runs; it may raise or wait. `before_part` is called before
-    each chunk of a fetch with its index. `refuse` makes puts fail with that reason. `miss` maps keys to the reason a
-    fetch gives although a lookup has found them.
+    `before` maps one of the verbs that `calls` lists to something called before it runs; it may raise or wait.
+    `before_part` is called before each chunk of a fetch with its index. `refuse` makes puts fail with that reason.
+    `miss` maps keys to the reason a fetch gives although a lookup has found them.
     """
 
     def __init__(self) -> None:
@@ -166,37 +174,10 @@ class FaultyClient(MemoryClient):
         self.refuse: Reason | None = None
         self.miss: dict[bytes, Reason] = {}
 
-    def put(
-        self, chunks: Sequence[PutChunk], *, durable: bool = False, deadline_ms: float | None = None
-    ) -> list[PutStatus]:
-        self._before("put")
+    def _put(self, chunk: PutChunk) -> PutStatus:
         if self.refuse is not None:
-            return [PutStatus(stored=False, reason=self.refuse, detail="on demand") for _ in chunks]
-        return super().put(chunks, durable=durable, deadline_ms=deadline_ms)
-
-    def lookup(self, keys: Sequence[bytes]) -> Lookup:
-        self._before("lookup")
-        return super().lookup(keys)
-
-    def fetch(
-        self,
-        keys: Sequence[bytes],
-        *,
-        order: Order = "chunk",
-        deadline_ms: float | None = None,
-        min_quality: int = 0,
-        max_quality: int | None = None,
-        decode: bool = False,
-    ) -> Iterator[Part]:
-        self._before("fetch")
-        return super().fetch(
-            keys,
-            order=order,
-            deadline_ms=deadline_ms,
-            min_quality=min_quality,
-            max_quality=max_quality,
-            decode=decode,
-        )
+            return PutStatus(stored=False, reason=self.refuse, detail="on demand")
+        return super()._put(chunk)
 
     def part(self, index: int, key: bytes, max_quality: int | None = None) -> Part:
         if self.before_part is not None:
@@ -205,9 +186,10 @@ class FaultyClient(MemoryClient):
             return Part(index, miss=Miss(self.miss[key], "on demand"))
         return super().part(index, key, max_quality)
 
-    def _before(self, verb: str) -> None:
+    def _called(self, verb: str) -> None:
         if verb in self.before:
             self.before[verb]()
+        super()._called(verb)
 
 
 def flip_bit(container: bytes, *, keep_hashes: bool) -> bytes:

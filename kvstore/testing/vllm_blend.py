@@ -154,7 +154,6 @@ class BlendEngine:
     def matched(self, request: FakeBlendRequest, local: int = 0) -> int:
         """What the planner answers once it knows."""
         assert self.planner.add(request)
-        self.plans._pool.submit(int).result(WAIT_SECONDS)
         plan = self.planner._entries[request.request_id].plan
         if plan is not None:
             plan.result(WAIT_SECONDS)
