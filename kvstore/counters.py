@@ -39,12 +39,15 @@ class Counters:
 
 
 def tier_stats(tier: Tier) -> dict[str, Any]:
-    """What a tier holds, for whom, and what it did; of one in shared memory in which pages. JSON types only."""
+    """What a tier holds, for whom, what it did, and why it takes no writes any more ("": it does); of one in shared
+    memory in which pages. JSON types only.
+    """
     pages = getattr(getattr(tier, "arena", None), "pages", None)
     return {
         "usage": msgspec.to_builtins(tier.usage()),
         "tenants": msgspec.to_builtins(tier.tenant_usage()),
         "counters": tier.counters(),
         "durable": tier.durable,
+        "read_only": str(getattr(tier, "read_only", "")),
         **({"pages": pages} if pages else {}),
     }

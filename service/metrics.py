@@ -87,6 +87,8 @@ GAUGES = {
 _STORE_GAUGES = ("write_behind_bytes", "transient_bytes", "prefetch_chunks", "pins")
 """Where `Store.stats` has the first of these."""
 
+READ_ONLY = "kvstore_tier_read_only"
+READ_ONLY_HELP = "1 once a write to the tier's catalog has failed: it serves, and takes nothing new until reopened."
 REQUEST_SECONDS = "kvstore_request_seconds"
 REQUESTS = "kvstore_requests"
 _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0)
@@ -167,6 +169,10 @@ def _tier_metrics(tiers: dict[str, Any]) -> Iterator[Metric]:
         for tier, values in tiers.items():
             family.add_metric([tier], values["counters"].get(counter, 0))
         yield family
+    read_only = GaugeMetricFamily(READ_ONLY, READ_ONLY_HELP, labels=["tier"])
+    for tier, values in tiers.items():
+        read_only.add_metric([tier], bool(values["read_only"]))
+    yield read_only
     for field, (name, help_text) in TENANT_METRICS.items():
         kind = CounterMetricFamily if field == "refused" else GaugeMetricFamily
         of_tenants = kind(name, help_text, labels=["tier", "tenant"])

@@ -13,6 +13,7 @@ import pytest
 
 from kvstore.buffers import aligned_buffer
 from kvstore.codecs.raw import RawCodec
+from kvstore.counters import tier_stats
 from kvstore.errors import TierError
 from kvstore.outcome import Miss, Reason
 from kvstore.testing.chunks import sample_container, sample_key
@@ -271,6 +272,7 @@ def fail_with(error: Exception) -> Callable[..., None]:
 def test_a_failed_commit_makes_the_tier_read_only(tier: NvmeTier, part: str, tmp_path: Path) -> None:
     keys = list(CHUNKS)
     assert put_all(tier, keys[:2]) == [True, True]
+    assert tier_stats(tier)["read_only"] == ""
     error = OSError(errno.EIO, "no sync") if part == "_sync" else lmdb.DiskError("no commit")
     setattr(tier._volume.committer, part, fail_with(error))
     if part == "_apply":  # a checkpoint; chunks are durable without one until the next is due
@@ -282,6 +284,7 @@ def test_a_failed_commit_makes_the_tier_read_only(tier: NvmeTier, part: str, tmp
     (status,) = tier.put([PutItem(keys[3], memoryview(CHUNKS[keys[3]]))])
     assert status.reason is Reason.IO_ERROR
     assert "reopen" in status.detail
+    assert "reopen" in tier_stats(tier)["read_only"]
     assert read_back(tier, keys[0]) == CHUNKS[keys[0]]
     assert read_back(tier, keys[2]) is Reason.ABSENT
     with pytest.raises(TierError, match="cannot be written"):

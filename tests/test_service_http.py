@@ -331,6 +331,7 @@ def test_metrics_are_those_documented(server: ServerThread) -> None:
     assert exposed == documented
     assert 'kvstore_misses_total{reason="absent"} 1.0' in text
     assert 'kvstore_puts_total{outcome="stored"} 1.0' in text
+    assert 'kvstore_tier_read_only{tier="dram"} 0.0' in text
     assert 'kvstore_request_seconds_count{verb="lookup"} 1.0' in text
     assert 'kvstore_requests_total{status="200",verb="chunk_put"} 1.0' in text
 

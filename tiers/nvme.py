@@ -299,6 +299,11 @@ class NvmeTier(Tier):
             committer = self._volume.committer
             return {**self._volume.counts, "commits": committer.groups, "checkpoints": committer.checkpoints}
 
+    @property
+    def read_only(self) -> str:
+        """Why the tier takes no writes until it is opened again; "" if it does."""
+        return self._volume.broken
+
     def info(self) -> dict[str, Any]:
         """What the tier is and how it works here; JSON types only."""
         volume = self._volume
@@ -307,7 +312,7 @@ class NvmeTier(Tier):
             "uuids": [disk.superblock.uuid.hex() for disk in volume.disks],
             "direct_io": volume.file.direct,
             **volume.file.describe(),
-            "read_only": volume.broken,
+            "read_only": self.read_only,
             "entries_max": volume.entries_max,
             "journal_bytes": sum(disk.journal_bytes for disk in volume.disks),
             "catalog_bytes": sum(disk.catalog.file_bytes for disk in volume.disks),
