@@ -13,6 +13,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
@@ -156,12 +157,13 @@ class WriteBehind:
         """Wait until what was queued before this call is written; False if not by the deadline."""
         with self._changed:
             pending = [*self._waiting.all(), *self._writing.values()]
-        for demotion in pending:
-            try:
-                demotion.done.exception(timeout=max(0.0, deadline - time.monotonic()))
-            except FutureTimeoutError:
-                return False
-        return True
+        return _all_done(pending, deadline)
+
+    def let_go(self, keys: Sequence[bytes], deadline: float) -> bool:
+        """Wait until no loan of a demotion keeps these chunks where they are; False if not by the deadline."""
+        with self._changed:
+            pending = [current for key in keys if (current := self._current(key)) is not None]
+        return _all_done(pending, deadline)
 
     def close(self) -> None:
         """Write what is queued and end the thread."""
@@ -181,6 +183,8 @@ class WriteBehind:
                 self._count(demotion, status)
                 if status.stored:
                     self._pins.apply(demotion.key, self.tier)
+                if status.reason is not Reason.NOT_ADMITTED:  # while it still counts as being written: see `let_go`
+                    demotion.loan.release()
             with self._changed:
                 # Somebody has come to wait for a chunk while the tier was asked whether it wants it.
                 again = [d for d, status in written if d.durable and status.reason is Reason.NOT_ADMITTED]
@@ -238,3 +242,13 @@ class WriteBehind:
             self._events.refused(self.tier.name, demotion.key, status.detail)
         else:
             self._counters.add("demotions_failed", self.tier.name)
+
+
+def _all_done(demotions: Sequence[Demotion], deadline: float) -> bool:
+    """Whether all of them are written or given up by the deadline; waits for that."""
+    for demotion in demotions:
+        try:
+            demotion.done.exception(timeout=max(0.0, deadline - time.monotonic()))
+        except FutureTimeoutError:
+            return False
+    return True

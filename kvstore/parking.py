@@ -65,6 +65,8 @@ class Parking:
             _THERE if nbytes is not None else self._send_down(key, deadline)
             for key, nbytes in zip(keys, durable.sizes(keys), strict=True)
         ]
+        if self._behind is not None:  # who has just written a chunk may still hold it in the tier above
+            self._behind.let_go([key for key, one in zip(keys, pending, strict=True) if one is _THERE], deadline)
         statuses = [one if isinstance(one, PutStatus) else _settled(one, deadline) for one in pending]
         parked = [key for key, status in zip(keys, statuses, strict=True) if status.durable]
         for tier in self._tiers[: self._tiers.index(durable)]:

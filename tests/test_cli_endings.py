@@ -15,9 +15,12 @@ from kvstore.testing.serving import ServerThread, small_store
 COMMAND = [sys.executable, "-m", "kvstore.cli"]
 
 LONG_BENCHMARK = """
-import sys, threading, types
+import signal, sys, threading, types
 from kvstore import cli
 from kvstore.bench import cli as bench
+
+# Whoever runs the tests in the background may have SIGINT ignored, which is inherited.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def measure(directory, quick):
     print("measuring", flush=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from kvstore.keys import ROOT
 from kvstore.loan import Loan
-from kvstore.outcome import Reason
+from kvstore.outcome import PutStatus, Reason
 from kvstore.testing.chunks import sample_container, sample_key, sample_keys
 from kvstore.testing.client_harness import eventually
 from kvstore.testing.stack import NBYTES, PAGES, Stack
@@ -62,6 +64,30 @@ def test_parking_leaves_what_is_leased_and_what_it_stands_on(open_stack: OpenSta
         assert bytes(loan.view) == sample_container(keys[1], parent=keys[0])
     stack.store.park(keys)
     assert not any(stack.in_memory(keys))
+
+
+def test_parking_waits_for_who_has_just_written_a_chunk(open_stack: OpenStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = open_stack()
+    keys = sample_keys(3)
+    put, written, go_on = stack.disk.put, threading.Event(), threading.Event()
+
+    def slow_put(items: Sequence[PutItem]) -> list[PutStatus]:
+        statuses = put(items)
+        written.set()
+        assert go_on.wait(20)
+        return statuses
+
+    monkeypatch.setattr(stack.disk, "put", slow_put)
+    stack.store.put([PutItem(key, memoryview(sample_container(key))) for key in keys])
+    assert written.wait(20)
+    with ThreadPoolExecutor(1) as threads:
+        parking = threads.submit(stack.store.park, [key for key in keys if stack.disk.sizes([key]) != [None]])
+        time.sleep(0.05)  # whoever did not wait would be done
+        go_on.set()
+        parked = parking.result(timeout=20)
+    assert parked
+    assert all(status.durable for status in parked)
+    assert not any(stack.in_memory(keys[: len(parked)]))
 
 
 def test_a_chunk_that_cannot_be_made_durable_stays_in_memory(open_stack: OpenStack) -> None:
