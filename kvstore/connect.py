@@ -59,6 +59,7 @@ def _embedded(url: str) -> Client:
         if kind == "nvme" and not parts.path:
             raise ConfigError(f"{url!r} asks for nvme without a path; write embedded:/path?nvme={capacity}")
         path = str(Path(parts.path) / "nvme") if kind == "nvme" else ""
-        tiers[kind] = TierConfig(capacity=capacity, path=path)
+        options = {"shared": False} if kind == "dram" else {}  # nobody else can ask for its descriptor
+        tiers[kind] = TierConfig(capacity=capacity, path=path, options=options)
     ordered = {kind: tiers[kind] for kind in TIERS if kind in tiers}
     return EmbeddedClient(open_store(msgspec.structs.replace(Config(), tiers=ordered)))

@@ -13,8 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvstore.connect import connect
+from kvstore.embedded import EmbeddedClient
 from kvstore.errors import ConfigError, TierError
 from kvstore.tiers.arena import Arena, ReaderArena
+from kvstore.tiers.dram import DramTier
 
 CAPACITY_BYTES = 1 << 20
 
@@ -203,3 +206,34 @@ def test_a_reader_refuses_what_could_crash_it(tmp_path: Path) -> None:
         with pytest.raises(TierError, match="announced"):
             ReaderArena(arena.fd, nbytes)
     arena.close()
+
+
+def test_memory_that_is_not_shared_has_no_descriptor_and_is_a_childs_own() -> None:
+    arena = Arena(CAPACITY_BYTES, shared=False, huge_pages=True)
+    assert arena.pages in ("transparent", "base")
+    with pytest.raises(ValueError, match="not shared"):
+        _ = arena.fd
+    view = arena.view(0, 4)
+    view[:] = b"mine"
+    child = os.fork()
+    if not child:
+        view[:] = b"his "
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert bytes(view) == b"mine"
+    view.release()
+    arena.close()
+    with pytest.raises(ValueError, match="closed"):
+        _ = arena.fd
+
+
+def test_an_embedded_store_shares_its_memory_with_nobody() -> None:
+    client = connect("embedded:?dram=1MiB")
+    try:
+        assert isinstance(client, EmbeddedClient)
+        memory = client.store.memory
+        assert isinstance(memory, DramTier)
+        with pytest.raises(ValueError, match="not shared"):
+            _ = memory.arena.fd
+    finally:
+        client.close()

@@ -1,6 +1,6 @@
-"""One sealed block of shared memory: its owner writes, whoever is handed the descriptor can only read.
+"""One block of memory, by default shared and sealed: its owner writes, whoever is handed the descriptor can only read.
 
-The memory is a memfd: it has no name to leak and is gone with its last holder. After the owner has mapped it, it is
+Shared memory is a memfd: it has no name to leak and is gone with its last holder. After the owner has mapped it, it is
 sealed against shrinking, growing, and any *new* way of writing (F_SEAL_FUTURE_WRITE, Linux 5.1): a process that
 receives the descriptor (`socket.send_fds`) cannot map it writable, write() to it, or truncate it under the others.
 """
@@ -34,6 +34,7 @@ PREFAULT_STEP_BYTES = 2 << 20
 CLOSE_TIMEOUT_SECONDS = 30.0
 
 _SHMEM_HUGE = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+_PRIVATE_HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 Pages = Literal["hugetlb", "transparent", "base"]
 """What backs the arena: reserved huge pages, huge pages where the kernel finds some, or ordinary pages."""
@@ -87,10 +88,12 @@ class _Mapping:
 
 
 class Arena(_Mapping):
-    """Shared memory of `capacity_bytes` bytes, mapped writable here and read-only everywhere else.
+    """Memory of `capacity_bytes` bytes, mapped writable here and, where others read it, read-only there.
 
     Args:
         capacity_bytes: size; a multiple of 2 MiB if reserved huge pages are wanted.
+        shared: whether other processes may map it. Memory that is not shared gets huge pages without any set-up, and a
+            forked child writes into a copy of its own.
         huge_pages: try reserved huge pages (MFD_HUGETLB), then transparent ones; `pages` says what was got.
         prefault: back all of it with memory now, in a thread, so that first writes run at full speed.
         numa_node: take the memory from this node (a CXL expander is one) and no other; None: wherever the kernel likes.
@@ -104,6 +107,7 @@ class Arena(_Mapping):
         self,
         capacity_bytes: int,
         *,
+        shared: bool = True,
         huge_pages: bool = False,
         prefault: bool = False,
         numa_node: int | None = None,
@@ -113,19 +117,20 @@ class Arena(_Mapping):
             raise ConfigError(f"dram capacity is {capacity_bytes} bytes; this machine has {memory_bytes}")
         self.capacity_bytes = capacity_bytes
         self.pages: Pages = "base"
-        reserved = _map_hugetlb(capacity_bytes) if huge_pages else None
-        self._fd, mapping = reserved or _map_memfd(capacity_bytes)
+        reserved = _map_hugetlb(capacity_bytes) if huge_pages and shared else None
+        self._fd, mapping = reserved or (_map_memfd(capacity_bytes) if shared else _map_private(capacity_bytes))
         super().__init__(mapping)
         if reserved:
             self.pages = "hugetlb"
-        elif huge_pages and _advise_huge(mapping):
+        elif huge_pages and _advise_huge(mapping, _SHMEM_HUGE if shared else _PRIVATE_HUGE):
             self.pages = "transparent"
         self._closing = threading.Event()
         self._prefaulter: threading.Thread | None = None
         try:
             if numa_node is not None:
                 bind_to_node(self.address, capacity_bytes, numa_node)
-            self._seal()
+            if shared:
+                self._seal()
         except (OSError, ConfigError):
             self.close()
             raise
@@ -135,9 +140,9 @@ class Arena(_Mapping):
 
     @property
     def fd(self) -> int:
-        """The descriptor to hand to readers. Stays this arena's. Raises ValueError after `close`."""
-        if self._map is None:
-            raise ValueError("the arena is closed")
+        """The descriptor to hand to readers. Stays this arena's. Raises ValueError after `close`, or if not shared."""
+        if self._map is None or self._fd < 0:
+            raise ValueError("the arena is closed" if self._map is None else "the arena is not shared")
         return self._fd
 
     def wait_prefaulted(self, timeout_seconds: float) -> bool:
@@ -152,7 +157,8 @@ class Arena(_Mapping):
         if self._map is not None:
             self._closing.set()
             self.wait_prefaulted(CLOSE_TIMEOUT_SECONDS)
-            os.close(self._fd)
+            if self._fd >= 0:
+                os.close(self._fd)
         super().close()
 
     def _seal(self) -> None:
@@ -210,6 +216,13 @@ def _map_memfd(capacity_bytes: int, flags: int = 0) -> tuple[int, mmap.mmap]:
         raise TierError(f"cannot map {capacity_bytes} bytes of shared memory: {error}") from error
 
 
+def _map_private(capacity_bytes: int) -> tuple[int, mmap.mmap]:
+    try:
+        return -1, mmap.mmap(-1, capacity_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, ValueError) as error:
+        raise TierError(f"cannot map {capacity_bytes} bytes of memory: {error}") from error
+
+
 def _map_hugetlb(capacity_bytes: int) -> tuple[int, mmap.mmap] | None:
     """A mapping on reserved huge pages; None if there are too few, or the capacity is not a multiple of them."""
     try:
@@ -218,11 +231,11 @@ def _map_hugetlb(capacity_bytes: int) -> tuple[int, mmap.mmap] | None:
         return None
 
 
-def _advise_huge(mapping: mmap.mmap) -> bool:
-    """Ask for transparent huge pages; True if this kernel gives shared memory any."""
+def _advise_huge(mapping: mmap.mmap, setting: Path) -> bool:
+    """Ask for transparent huge pages; True if this kernel gives any to memory that `setting` is for."""
     try:
         mapping.madvise(mmap.MADV_HUGEPAGE)
-        return not any(f"[{off}]" in _SHMEM_HUGE.read_text() for off in ("never", "deny"))
+        return not any(f"[{off}]" in setting.read_text() for off in ("never", "deny"))
     except OSError:
         return False
 

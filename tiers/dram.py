@@ -40,6 +40,7 @@ class DramTier(Tier):
         capacity_bytes: the hard bound, rounded down to whole pages; every chunk counts with its padding.
         name: metric label.
         clock: seconds, monotonic; pins and leases expire by it.
+        shared: whether other processes may read the memory in place; see `Arena`.
         huge_pages: ask for huge pages, which disks fill faster; `arena.pages` says what was got.
         prefault: back the arena with memory at once, in a thread.
         pin_for_cuda: register the arena with CUDA, so that GPUs copy from it directly; `arena.pinned` says if it is.
@@ -66,6 +67,7 @@ class DramTier(Tier):
         *,
         name: str = "dram",
         clock: Callable[[], float] = time.monotonic,
+        shared: bool = True,
         huge_pages: bool = True,
         prefault: bool = False,
         pin_for_cuda: bool = False,
@@ -83,7 +85,7 @@ class DramTier(Tier):
         self.name = name
         self.capacity_bytes = self.chunk_bytes_max = capacity_bytes
         self.bandwidth_bytes_per_second = bandwidth_gb_per_second * 1e9
-        self.arena = Arena(capacity_bytes, huge_pages=huge_pages, prefault=prefault, numa_node=numa_node)
+        self.arena = Arena(capacity_bytes, shared=shared, huge_pages=huge_pages, prefault=prefault, numa_node=numa_node)
         if pin_for_cuda:
             self.arena.pin()
         self._clock = clock
