@@ -9,7 +9,6 @@ without a copy.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -150,8 +149,7 @@ class WriteBehind:
                 PutStatus(stored=False, reason=Reason.ABSENT, detail="deleted before it was written")
             )
         if writing is not None:
-            with contextlib.suppress(FutureTimeoutError):
-                writing.done.exception(timeout=max(0.0, deadline - time.monotonic()))
+            _all_done([writing], deadline)
 
     def flush(self, *, deadline: float) -> bool:
         """Wait until what was queued before this call is written; False if not by the deadline."""

@@ -50,7 +50,7 @@ def test_every_suite_runs_and_reports(suite: str, tmp_path: Path, capsys: pytest
     assert list(tmp_path.iterdir()) == [report_path], "a benchmark left files behind"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="needs an environment without vLLM: make test")
 def test_an_engine_that_is_not_installed_is_asked_for_by_its_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,7 +59,7 @@ def follow(
     Raises:
         ConfigError: the daemon has no tier of a name that is asked for.
     """
-    tiers = client.stats().get("tiers", {})
+    tiers = client.stats().get("tiers", {}) if arguments.tier else {}
     for name in arguments.tier:
         if tiers and name not in tiers:
             raise unknown_name("tier", name, tiers)

@@ -24,6 +24,7 @@ PASSAGES_DEFAULT = 4
 PASSAGE_TOKENS_DEFAULT = 128
 QUERY_TOKENS_DEFAULT = 32
 FOLLOWING_DEFAULT = 32
+FLAGS = ("policy", "policy_settings", "ratio", "preamble", "passages", "passage_tokens", "query_tokens")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,20 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def given(arguments: argparse.Namespace) -> str:
     """The first flag given that only counts with --blend, "" if there is none."""
-    flags: dict[str, object] = {
-        "--policy": None,
-        "--policy-settings": "{}",
-        "--ratio": [],
-        "--preamble": None,
-        "--passages": PASSAGES_DEFAULT,
-        "--passage-tokens": PASSAGE_TOKENS_DEFAULT,
-        "--query-tokens": QUERY_TOKENS_DEFAULT,
-    }
-    return next((flag for flag, default in flags.items() if getattr(arguments, _field(flag)) != default), "")
-
-
-def _field(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")
+    parser: argparse.ArgumentParser = arguments.leaf
+    return next(
+        (f"--{name.replace('_', '-')}" for name in FLAGS if getattr(arguments, name) != parser.get_default(name)), ""
+    )
 
 
 def run(
